@@ -223,6 +223,30 @@ def test_sentences_are_split_by_their_wording(sentence: str, wanted: Any) -> Non
     assert split_sentence(sentence) == wanted
 
 
+@pytest.mark.parametrize(
+    ("sentence", "others", "wanted"),
+    [
+        ("The name of the director of This is Spinal Tap is Ida Holt.", ["The editor of This is Spinal Tap is"],
+         ("This is Spinal Tap", "Ida Holt")),
+        ("The name of the author of This is What is Life?.", ["The gender of This is"], ("This", "What is Life?")),
+        ("The name of the author of This is What is Life?.", ["The gender of Ida Holt is"], None),
+    ],
+)  # fmt: skip
+def test_a_wording_inside_a_name_splits_where_other_prompts_name_the_subject(sentence, others, wanted) -> None:
+    found = split_sentence(sentence, others)
+    assert (found and found[1:]) == wanted
+
+
+def test_the_old_object_is_after_the_same_subject(tmp_path: Path) -> None:
+    of = "The name of the director of This is Spinal Tap is"
+    edit = {"prompt": f"{of} Ida Holt.", "relation": "DIRECTOR", "original_fact": {"prompt": f"{of} Tom Reed."}}
+    path = tmp_path / "ripple.json"
+    path.write_text(json.dumps([{"edit": edit, "Forgetfulness": []}]))
+    (case,), _ = read(path)
+    (made,) = case.edits
+    assert (made.subject, made.target_new, made.target_true) == ("This is Spinal Tap", "Ida Holt", "Tom Reed")
+
+
 @pytest.mark.parametrize("name", ["knowedit", "qaedit", "zsre-ultra", "mquake", "ripple"])
 def test_every_dirty_file_is_measured(name: str, tiny: Callable[..., LM]) -> None:
     lm = tiny(n_layers=1)

@@ -6,7 +6,7 @@ is kept in `case.meta["tests"]`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from retcon.errors import MalformedFile
@@ -83,22 +83,20 @@ _WORDINGS = (
     "{} is followed by",
     "{} follows",
 )
-_PATTERNS = [
-    re.compile("^" + r"(?P<subject>.+?)".join(map(re.escape, wording.split("{}"))) + r" (?P<object>.+?)\.?$", re.DOTALL)
-    for wording in _WORDINGS
-]
 
 
 def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
     """Read one row. Its own fact is on `rewrite`, tests on `ripple.<axis>`, their conditions on `ripple.condition`."""
     made = draft(record, where, row, "ripple")
     edit = require(record, "edit", dict, where)
-    found = split_sentence(require(edit, "prompt", str, f"{where}, edit"))
+    sentence, original = require(edit, "prompt", str, f"{where}, edit"), _original_sentence(edit)
+    found = split_sentence(sentence, [*_prompts(record, where), original or ""])
     made.meta |= {"example_type": record.get("example_type"), "relation_id": edit.get("relation")}
     if found is None:
-        made.drop("sentence_not_split", f"no known wording splits {edit['prompt']!r} into subject and object")
+        made.drop("sentence_not_split", f"no known wording splits {sentence!r} into subject and object")
     template, subject, target = found
-    taken = made.edit(template, subject, target, _old_object(edit), template=True, relation=edit.get("relation"))
+    old = None if original is None else _after(template.replace("{}", subject), original)
+    taken = made.edit(template, subject, target, old, template=True, relation=edit.get("relation"))
     made.ask_fact(taken, ())
     asked: dict[tuple[str, str, AnswerGroups], str] = {}
     tests = []
@@ -118,19 +116,51 @@ def ripple(record: Mapping[str, Any], where: str, row: int) -> Draft:
     return made
 
 
-def split_sentence(sentence: str) -> tuple[str, str, str] | None:
-    """Return (template, subject, object) of an edit's sentence, by its relation's wording; None: none fits."""
-    for wording, pattern in zip(_WORDINGS, _PATTERNS, strict=True):
-        if found := pattern.match(sentence.strip()):
-            return wording, found["subject"].strip(), found["object"].strip()
+def split_sentence(sentence: str, prompts: Sequence[str] = ()) -> tuple[str, str, str] | None:
+    """Return (template, subject, object) of an edit's sentence, by the wording of its relation; None where none fits.
+
+    Args:
+        prompts: the row's others. A wording may fit at several places ("This is Spinal Tap is ..."); the longest
+            subject that one of these names is it then, and with none of them the sentence is not split.
+    """
+    sentence = sentence.strip()
+    for wording in _WORDINGS:
+        begin, end = wording.split("{}")
+        rest = sentence[len(begin) :] if sentence.startswith(begin) else ""
+        begun = [rest[: found.start()] for found in re.finditer(f"(?={re.escape(end)} )", rest)]
+        objects_of = {subject.strip(): _after(subject + end, rest) for subject in begun if subject.strip()}
+        subjects = [subject for subject, found in objects_of.items() if found]
+        if len(subjects) > 1:
+            subjects = [subject for subject in subjects if any(subject in prompt for prompt in prompts)]
+            if not subjects:
+                return None
+        if subjects:
+            subject = max(subjects, key=len)
+            return wording, subject, objects_of[subject] or ""
     return None
 
 
-def _old_object(edit: Mapping[str, Any]) -> str | None:
+def _after(begin: str, sentence: str) -> str | None:
+    """Return what a sentence ends in after such a beginning, without the period; None where it has another."""
+    if not sentence.startswith(begin + " "):
+        return None
+    return sentence[len(begin) :].strip().removesuffix(".").strip() or None
+
+
+def _original_sentence(edit: Mapping[str, Any]) -> str | None:
+    """Return the sentence of the fact that the edit replaces."""
     original = edit.get("original_fact")
     sentence = original.get("prompt") if isinstance(original, dict) else None
-    found = split_sentence(sentence) if isinstance(sentence, str) else None
-    return found[2] if found else None
+    return sentence.strip() if isinstance(sentence, str) else None
+
+
+def _prompts(record: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Yield the prompts of all tests and conditions."""
+    for name in AXES:
+        for test in objects(record.get(name), f"{where}, {name}"):
+            for kind in ("test_queries", "condition_queries"):
+                for query in objects(test.get(kind), f"{where}, {name}"):
+                    yield str(query.get("prompt"))
 
 
 def _ask(
