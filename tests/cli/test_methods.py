@@ -2,12 +2,17 @@
 
 import json
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from retcon.methods.common.registry import list_methods
+import retcon
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning
+from retcon.methods.common.registry import check_subjects, list_methods
+from retcon.workflow.fitting import check_trainable
 
 
 def test_lists_all_with_paper_and_presets(cli: Callable[..., Any]) -> None:
@@ -65,3 +70,46 @@ def test_a_misspelt_method_is_no_model(cli: Callable[..., Any], monkeypatch: pyt
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", Mock(side_effect=OSError("no network")))
     assert "Did you mean 'memit'?" in cli("methods", "memti", code=2).stderr
     assert "cannot load 'out/edited': there is no such directory here" in cli("methods", "out/edited", code=2).stderr
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from retcon.methods.common.contract import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift(Method):
+    name: ClassVar[str] = "shift_of_tests"
+    examples: tuple[str, ...]
+
+    def propose(self, lm, edits, **given):
+        raise NotImplementedError
+"""
+
+
+def test_one_installed_method_hides_no_other(
+    cli: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "shift_of_tests.py").write_text(PLUGIN)
+    points = [EntryPoint("broken", "no_such_module:X", "retcon.methods"),
+              EntryPoint("shift", "shift_of_tests:Shift", "retcon.methods")]  # fmt: skip
+    monkeypatch.setattr("retcon.extensions.entry_points", lambda *, group: points if "methods" in group else [])
+    result = cli("methods")
+    assert "\nrome  " in result.stdout
+    assert "\nshift  " in result.stdout
+    assert "warning: cannot find the method 'broken': No module named 'no_such_module'" in result.stderr
+    needs = "shift needs examples, which neither a preset nor the model's shape gives: set it"
+    assert f"gptj: {needs}" in cli("methods", "gptj").stdout
+    records = {m["name"]: m for m in json.loads(cli("methods", "gptj", "--json").stdout)["methods"]}
+    assert records["shift"]["settings"] is None
+    assert records["shift"]["problem"].startswith(needs)
+    assert records["jeep"]["settings"]["low"] == [0]
+    with (
+        pytest.warns(RetconWarning, match="'broken'"),
+        pytest.raises(InvalidEdit, match=r"take a method that needs none: .*ctp"),
+    ):
+        check_subjects(retcon.method("rome", layer=0), [retcon.Edit("Hello is", None, "x")])
+    with pytest.warns(RetconWarning, match="'broken'"), pytest.raises(InvalidSetting, match=r"trained are: .*mend"):
+        check_trainable("rome")

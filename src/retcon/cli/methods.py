@@ -13,6 +13,7 @@ from retcon.cli.options import Json
 from retcon.cli.printing import console, emit, styled
 from retcon.cli.progress import spinner
 from retcon.cli.tables import settings_table
+from retcon.errors import InvalidSetting
 from retcon.workflow.settings import as_toml, resolve
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ def methods(
 ) -> None:
     """List the editing methods: what they do, where they come from, and for which models they have settings."""
     with spinner("reading"):
-        from retcon.methods.common.registry import list_methods
+        from retcon.methods.common.registry import registered_classes
 
         if method is None and model is not None and _names_method(model):
             model, method = None, model
         lm = _without_weights(model) if model else None
-        found = [_described(name, lm) for name in ([method] if method else list_methods())]
+        found = [_described(name, lm) for name in ([method] if method else registered_classes())]
     from retcon.lm.layouts import LAYOUTS
 
     if as_json:
@@ -63,7 +64,9 @@ def methods(
             for setting, meaning in entry["meanings"].items():
                 default = f"  (default {entry['defaults'][setting]})" if setting in entry["defaults"] else ""
                 out.print(styled("  [bold]{}[/][dim]{}[/]  {}", setting, default, meaning), soft_wrap=True)
-        if lm is not None:
+        if "problem" in entry:
+            out.print(styled("  [yellow]{}[/]: {}", model, entry["problem"]), soft_wrap=True)
+        elif lm is not None:
             resolved = resolve(lm, entry["name"])
             out.print(styled("  [green]{}[/]: {}", lm.name, resolved.source))
             for note in resolved.notes:
@@ -102,8 +105,11 @@ def _described(name: str, lm: "LM | None") -> dict[str, Any]:
         "defaults": {f.name: as_toml(default) for f in fields(chosen) if (default := _default(f)) is not MISSING},
     }
     if lm is not None:
-        resolved = resolve(lm, name)
-        record |= {"preset": resolved.preset and resolved.preset.name, "settings": resolved.settings}
+        try:
+            resolved = resolve(lm, name)
+            record |= {"preset": resolved.preset and resolved.preset.name, "settings": resolved.settings}
+        except InvalidSetting as error:  # one that nothing gives
+            record |= {"preset": None, "settings": None, "problem": error.on_command_line}
     return record
 
 

@@ -36,10 +36,10 @@ def check_trainable(name: str) -> None:
         UnknownMethod: the message lists what is known.
     """
     from retcon.methods.common.contract import Trainable
-    from retcon.methods.common.registry import list_methods, method_class
+    from retcon.methods.common.registry import method_class, registered_classes
 
     if not issubclass(method_class(name), Trainable):
-        able = [other for other in list_methods() if issubclass(method_class(other), Trainable)]
+        able = [other for other, known in registered_classes().items() if issubclass(known, Trainable)]
         raise InvalidSetting(f"{name} edits as it is, with nothing to train first; trained are: {', '.join(able)}")
 
 

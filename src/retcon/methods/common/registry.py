@@ -2,12 +2,13 @@
 
 import difflib
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from retcon.edits import Edit
-from retcon.errors import InvalidEdit, InvalidSetting, UnknownMethod
+from retcon.errors import InvalidEdit, InvalidSetting, RetconWarning, UnknownMethod
 from retcon.extensions import installed, named_object
 from retcon.methods.common.settings import checked_settings, declared, types_of
 
@@ -72,6 +73,18 @@ def method_class(name: str) -> type["Method"]:
     return found
 
 
+def registered_classes() -> dict[str, type["Method"]]:
+    """Return the class of every registered method by name; what a package announces and cannot be imported is left out,
+    with a warning."""
+    found = {}
+    for name in list_methods():
+        try:
+            found[name] = method_class(name)
+        except UnknownMethod as error:
+            warnings.warn(str(error), RetconWarning, stacklevel=2)
+    return found
+
+
 def _place(name: str) -> str:
     """Return where the class of a method is, as "module:Class"."""
     table = {**installed(ENTRY_POINTS), **METHODS}
@@ -124,7 +137,7 @@ def check_subjects(method: Any, edits: Sequence[Edit]) -> None:
     lost = next((edit for edit in edits if edit.subject is None), None)
     if lost is None or not method.needs_subject:
         return
-    able = [name for name in list_methods() if method_class(name).needs_subject is False]
+    able = [name for name, known in registered_classes().items() if known.needs_subject is False]
     raise InvalidEdit(
         f"edit {lost.id!r} names no subject, and {method.name} writes at the subject's last token; name the subject, "
         f"or take a method that needs none: {', '.join(able)}"
