@@ -262,6 +262,18 @@ def test_facts_left_out_are_counted(cli: Cli, here: Path) -> None:
     assert "--layers probe --out edits.safetensors" in out
 
 
+def test_the_command_that_is_suggested_reads_the_facts_as_the_probe_did(cli: Cli, here: Path) -> None:
+    (here / "rows_of_tests.py").write_text("def fact(row):\n    return row | {'prompt': row.pop('sentence')}")
+    rows = [{"sentence": "The capital of {} is", "subject": "Italy", "target_new": "Rome", "target_true": "Paris"}]
+    write_rows(here / "own.jsonl", [*rows, {"sentence": ""}])
+    reading = ("--format", "rows_of_tests:fact", "--on-error", "skip")
+    out = cli(
+        "probe", "layers", "gptj", "--cases", "own.jsonl", *reading, "--conflicts", "last", "--verify-base"
+    ).stdout
+    how = "--format rows_of_tests:fact --on-error skip --conflicts last --verify-base"
+    assert f"edit gptj own.jsonl {how} --layers probe --out edits.safetensors" in out
+
+
 def test_what_is_set_by_name_stands_over_the_probe(cli: Cli) -> None:
     arguments = ("--layers", "probe", "--set", "steps=2", "--set", "high=[3]", "--json")
     arguments += ("--set", "low_clamp=0.5", "--set", "high_clamp=0.5")

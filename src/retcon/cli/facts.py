@@ -1,5 +1,6 @@
 """The options of verbs that read a file of facts."""
 
+import shlex
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -71,3 +72,12 @@ def reads_facts(
         return add_options(verb, options, run, before="reading", replaced=True)
 
     return decorate
+
+
+def reading_options(reading: Reading) -> str:
+    """Return the options that say how a file's rows are read, as they were given, to be repeated in a command that is
+    suggested."""
+    given = [] if reading.file_format is None else [f"--format {shlex.quote(reading.file_format)}"]
+    given += ["--on-error skip"] * (reading.on_error == "skip") + ["--case-target alt"] * (reading.case_target == "alt")
+    given += ["--conflicts last"] * (reading.conflicts == "last")
+    return "".join(f" {option}" for option in given)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from retcon.cli.facts import reads_facts
-from retcon.cli.models import load_model, loads_a_model
+from retcon.cli.chat_options import chat_options
+from retcon.cli.facts import reading_options, reads_facts
+from retcon.cli.models import load_model, loading_options, loads_a_model
 from retcon.cli.options import Json, Model, Seed
 from retcon.cli.printing import console, emit, plain_table, program, styled
 from retcon.cli.probe.shared import Cases, Out, about, check_stem, facts, probed, write_figures
@@ -88,7 +89,8 @@ def layers(
         show.print(styled("[green]the evidence is clear[/]"))
     show.print(f"written  {', '.join(map(str, written))}", soft_wrap=True)
     file = "EDITS" if cases is None else shlex.quote(str(cases))
-    ask = f"{program()} edit {shlex.quote(model)} {file} --layers probe --out edits.safetensors"
+    how = reading_options(reading) + (chat_options(edits) if reading.chat else "") + loading_options()
+    ask = f"{program()} edit {shlex.quote(model)} {file}{how} --layers probe --out edits.safetensors"
     show.print(styled("[dim]try      {}[/]", ask), soft_wrap=True)
 
 
