@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from retcon.edits import MARKER, Case, Edit, Query
 from retcon.errors import InvalidEdit, InvalidSetting, RetconError
 from retcon.evaluation import read_cases
+from retcon.plural import plural
 
 MAX_DRAFT = 2**22
 """Characters of pasted facts."""
@@ -48,7 +49,7 @@ def _from_line(line: str, number: int) -> Case:
     """Read a fact from `prompt | subject | answer`."""
     parts = [part.strip() for part in line.split("|")]
     if len(parts) != 3:
-        raise InvalidSetting(f"line {number}: expected prompt | subject | answer, found {len(parts)} parts")
+        raise InvalidSetting(f"line {number}: expected prompt | subject | answer, found {plural(len(parts), 'part')}")
     if MARKER in parts[0] and not parts[1]:
         raise InvalidEdit(f"line {number}: {_NO_SUBJECT}")
     try:

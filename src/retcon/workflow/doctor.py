@@ -27,6 +27,7 @@ from retcon.memory.moments import GivenMoments
 from retcon.memory.write import is_routed, written_sites
 from retcon.methods.common.choosing import method
 from retcon.methods.common.proposal import what_stands_between
+from retcon.plural import plural
 from retcon.work import silent
 
 Outcome = Literal["passed", "failed", "skipped"]
@@ -131,7 +132,7 @@ def _orientation(lm: LM) -> tuple[Outcome, str]:
             found = whole if site.rows is None else whole[:, site.rows.to(whole.device)]
             wanted = x @ site.weight.T
             worst, n = max(worst, _apart(found, wanted if site.bias is None else wanted + site.bias)), n + 1
-    return _judged(lm, worst, f"{n} matrices")
+    return _judged(lm, worst, plural(n, "matrix", "matrices"))
 
 
 def _experts(lm: LM) -> tuple[Outcome, str]:
@@ -201,7 +202,7 @@ def _edit(lm: LM, name: str) -> tuple[Outcome, str]:
     before = _log_probability(lm, EDITS[0])
     with lm.edited(proposed):
         after = _log_probability(lm, EDITS[0])
-    detail = f"log-probability of the answer {before:.2f} to {after:.2f}, {len(proposed.changes)} parameters"
+    detail = f"log-probability of the answer {before:.2f} to {after:.2f}, {plural(len(proposed.changes), 'parameter')}"
     return ("passed" if after > before else "failed"), detail
 
 
@@ -215,7 +216,7 @@ def _undo(lm: LM) -> tuple[Outcome, str]:
     same = all(torch.equal(lm.parameter(name).cpu(), old) for name, old in before.items())
     if not changed:
         return "failed", "applying changed nothing"
-    return ("passed" if same else "failed"), f"{len(before)} parameters, bit for bit"
+    return ("passed" if same else "failed"), f"{plural(len(before), 'parameter')}, bit for bit"
 
 
 def _save(lm: LM) -> tuple[Outcome, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from retcon.errors import MalformedFile
 from retcon.files import NumberedRow, read_json_rows, read_text
+from retcon.plural import plural
 
 ENDINGS = (".csv", ".tsv")
 """How the names of tables end; every other file is JSON."""
@@ -53,9 +54,8 @@ def read_rows(path: str | os.PathLike[str], bad: list[tuple[int, str]] | None = 
             if not names:
                 names = _names(path, cells)
             elif len(cells) > len(names):
-                problem = (
-                    f"{len(cells)} cells under {len(names)} columns; put quotes around text that holds {delimiter!r}"
-                )
+                under = f"{len(cells)} cells under {plural(len(names), 'column')}"
+                problem = f"{under}; put quotes around text that holds {delimiter!r}"
                 if bad is None:
                     raise MalformedFile(f"{path}, row {number}: {problem}")
                 bad.append((number, problem))
