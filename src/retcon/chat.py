@@ -96,6 +96,11 @@ def chat_from(value: "Chat | Mapping[str, Any] | bool | None") -> Chat | None:
     return Chat(value.get("system"), value.get("template_args") or (), value.get("train_end", False))
 
 
+def opened_reasoning(prompt: str) -> str | None:
+    """Return the mark with which a prompt begins the reasoning part itself, as some templates do."""
+    return next((begin for begin, _ in REASONING if prompt.rstrip().endswith(begin)), None)
+
+
 def without_reasoning(text: str) -> str:
     """Return the answer in what a served chat model said, "" where the reasoning part before it has not ended.
 

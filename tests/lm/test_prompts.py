@@ -614,3 +614,15 @@ def test_rows_are_padded_on_the_left_to_be_continued() -> None:
     batch = pad([Row((5, 6, 7), 2), Row((8,), 1)], side="left")
     assert batch.ids.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert batch.mask.tolist() == [[True] * 3, [False, False, True]]
+
+
+def test_an_answer_inside_the_reasoning_part_is_warned_of() -> None:
+    opening = "{% if add_generation_prompt %}<|assistant|>\n{% if not short %}<think>\n{% endif %}{% endif %}"
+    tok = chat_tokenizer("bos", ROLES + opening)
+    with pytest.warns(RetconWarning, match=r"begins a reasoning part \(<think>\) before the answer.*inside it"):
+        encode(tok, "Who?", "Rome", chat=Chat())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode(tok, "Who?", chat=Chat())  # to be written after, where that part is taken off
+        encode(tok, "Who?", "Rome", chat=Chat(), separator="</think>\n")
+        encode(tok, "Who?", "Rome", chat=Chat(None, (("short", True),)))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retcon.arguments import list_of_texts
-from retcon.chat import REASONING, Chat
+from retcon.chat import REASONING, Chat, opened_reasoning
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
 from retcon.lm.decoding import Prompts, pads, remembers, write_tokens
@@ -293,9 +293,7 @@ def _write_by_transformers(
 
 
 def _opened(tokenizer: Any, row: Row) -> str | None:
-    """Return the mark with which a prompt begins the reasoning part itself, as some templates do."""
-    tail = tokenizer.decode(list(row.ids[-16:]), skip_special_tokens=False).rstrip()
-    return next((begin for begin, _ in REASONING if tail.endswith(begin)), None)
+    return opened_reasoning(tokenizer.decode(list(row.ids[-16:]), skip_special_tokens=False))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retcon.arguments import check_choice
 from retcon.boundary import separator_between
-from retcon.chat import Chat
+from retcon.chat import Chat, opened_reasoning
 from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting, PositionNotFound, RetconWarning, UnsupportedModel
 from retcon.lm.refusals import refuse_slow
@@ -121,6 +121,14 @@ def encode(
         turn = render(tokenizer, chat, [prompt])
         if subject_span is not None:
             subject_span = turn.span(prompt, subject_span)
+        if target is not None and separator is None and (opened := opened_reasoning(turn.text)):
+            warnings.warn(
+                f"the chat template begins a reasoning part ({opened}) before the answer, and answers are trained and "
+                "measured inside it; have the template leave it out, by its argument enable_thinking=false, say, or "
+                "end it in the separator of the facts",
+                RetconWarning,
+                stacklevel=2,
+            )
         prompt, separator = turn.text, turn.separator if separator is None else separator
     if known is not None:
         prompt_ids, subject_last = list(known.prompt_ids), known.subject_last
