@@ -50,16 +50,13 @@ class Counter:
 
     def __init__(self, lm: LM) -> None:
         self.tokens = self.positions = 0
-        inside = [p.numel() for name, p in lm.model.named_parameters() if name.startswith(_prefix(lm)) and p.dim() == 2]
+        blocks = lm.layout.block.split(".{}")[0]
+        inside = [p.numel() for name, p in lm.model.named_parameters() if name.startswith(blocks) and p.dim() == 2]
         self.per_token = 2 * sum(inside)
         self.per_position = 2 * lm.head.get_parameter("weight").numel()
 
     def flops(self) -> float:
         return self.tokens * self.per_token + self.positions * self.per_position
-
-
-def _prefix(lm: LM) -> str:
-    return lm.layout.block.split(".{}")[0]
 
 
 def counted(lm: LM, rows: list[Row]) -> float:
@@ -82,12 +79,8 @@ def scoring(lm: LM, cases: list[Case]) -> None:
     plain_flops = Counter(lm)
     plain_flops.tokens = plain_flops.positions = sum(len(row.ids) for row in rows)
     ours_flops = counted(lm, rows)
-    started = time.perf_counter()
-    ours = score_rows(lm, rows)
-    fast = time.perf_counter() - started
-    started = time.perf_counter()
-    plain = plainly(lm, rows)
-    slow = time.perf_counter() - started
+    ours, fast = timed(lambda: score_rows(lm, rows))
+    plain, slow = timed(lambda: plainly(lm, rows))
     apart = max(abs(a - b) for x, y in zip(ours, plain, strict=True) for a, b in zip(x.logp, y.logp, strict=True))
     same = sum(x.pred == y.pred for x, y in zip(ours, plain, strict=True)) / len(ours)
     ratio, flops = slow / fast, plain_flops.flops() / ours_flops
