@@ -24,7 +24,7 @@ from starlette.responses import (
 from starlette.routing import Route
 
 from retcon.errors import InvalidSetting, RetconError
-from retcon.web.jobs import problem_of
+from retcon.web.jobs import Job, problem_of
 from retcon.web.session import Session
 
 STATIC = Path(__file__).with_name("static")
@@ -147,7 +147,7 @@ class Page:
             said = action(self.session, form)
         except (RetconError, OSError) as error:
             return self.render("said.html", said=problem_of(error), bad=True)
-        response = self.render("said.html", said=said or "", bad=False)
+        response = self.render("said.html", said=said if isinstance(said, str) else "", bad=False)
         if form.get("at") and request.path_params["name"] in TO_NOW:
             response.headers["HX-Redirect"] = "/"
         return response
@@ -189,28 +189,20 @@ def _refused(why: str) -> Response:
     return PlainTextResponse(f"refused: {why}\n", status_code=403, headers=_HEADERS)
 
 
-def _ask(session: Session, form: dict[str, str]) -> None:
-    session.ask(form.get("prompt", ""), chat="chat" in form, at=form.get("at"))
-
-
-def _add(session: Session, form: dict[str, str]) -> str:
-    return session.add_facts(form.get("facts", ""))
-
-
 def _choose(session: Session, form: dict[str, str]) -> str:
     session.choose(form.get("method", ""), form.get("settings", "").splitlines())
     return f"{session.method} is chosen"
 
 
-def _dry_run(session: Session, form: dict[str, str]) -> None:
+def _dry_run(session: Session, form: dict[str, str]) -> Job:
     _choose(session, form)
-    session.dry_run()
+    return session.dry_run()
 
 
-def _edit(session: Session, form: dict[str, str]) -> None:
+def _edit(session: Session, form: dict[str, str]) -> Job:
     """Edit by the method and settings that this browser shows."""
     _choose(session, form)
-    session.edit()
+    return session.edit()
 
 
 def _layer(session: Session, form: dict[str, str]) -> str:
@@ -221,27 +213,22 @@ def _layer(session: Session, form: dict[str, str]) -> str:
     return "the next edit is made there"
 
 
-ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | None]] = {
-    "add": _add,
+ACTIONS: dict[str, Callable[[Session, dict[str, str]], str | Job | None]] = {
+    "add": lambda session, form: session.add_facts(form.get("facts", "")),
     "clear": lambda session, form: session.clear(),
     "choose": _choose,
     "layer": _layer,
-    "model": lambda session, form: _started(session.choose_model(form.get("model", ""))),
-    "amend": lambda session, form: _started(session.amend(form.get("fact", ""), form.get("target", ""))),
+    "model": lambda session, form: session.choose_model(form.get("model", "")),
+    "amend": lambda session, form: session.amend(form.get("fact", ""), form.get("target", "")),
     "dry-run": _dry_run,
     "edit": _edit,
     "cancel": lambda session, form: session.jobs.cancel(),
-    "toggle": lambda session, form: _started(session.toggle(form.get("entry", ""))),
-    "revert-fact": lambda session, form: _started(session.revert_fact(form.get("fact", ""))),
-    "ask": _ask,
-    "verify": lambda session, form: _started(session.verify(form.get("at"))),
-    "contrast": lambda session, form: _started(session.probe(at=form.get("at"))),
-    "trace": lambda session, form: _started(session.probe(trace=True, at=form.get("at"))),
-    "export": lambda session, form: _started(
-        session.export(form.get("folder", ""), form.get("format", "hf"), at=form.get("at"))
-    ),
+    "toggle": lambda session, form: session.toggle(form.get("entry", "")),
+    "revert-fact": lambda session, form: session.revert_fact(form.get("fact", "")),
+    "ask": lambda session, form: session.ask(form.get("prompt", ""), chat="chat" in form, at=form.get("at")),
+    "verify": lambda session, form: session.verify(form.get("at")),
+    "contrast": lambda session, form: session.probe(at=form.get("at")),
+    "trace": lambda session, form: session.probe(trace=True, at=form.get("at")),
+    "export": lambda session, form: session.export(form.get("folder", ""), form.get("format", "hf"), at=form.get("at")),
 }
-
-
-def _started(job: object) -> None:
-    """Return nothing for the page: a job reports in its own panel."""
+"""What the form can do, by name; a string is shown beside it, and a job reports in its own panel."""
