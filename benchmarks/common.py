@@ -8,6 +8,7 @@ import platform
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from retcon import world
 from retcon.attachment import Attachment, EditReport
 from retcon.bench.manifest import processor
 from retcon.edits import Case, Edit
+from retcon.errors import RetconWarning
 from retcon.evaluation import Evaluation, evaluate, read_cases
 from retcon.evaluation.records import Record
 from retcon.evaluation.summary import CaseMean, Summary
@@ -39,9 +41,15 @@ METRICS = ("Score", "ES", "GS", "LS")
 
 
 def command_line(
-    doc: str | None, *, cases: bool = False, corpus: bool = False, dataset: bool = False
+    doc: str | None, *, cases: bool = False, corpus: bool = False, dataset: bool = False, quiet: bool = False
 ) -> argparse.ArgumentParser:
-    """Return the parser of a script whose docstring is its help, with the options that the `add_` functions add."""
+    """Return the parser of a script whose docstring is its help, with the options that the `add_` functions add.
+
+    Args:
+        quiet: no warnings of retcon from here on; what comes of their causes is what is measured.
+    """
+    if quiet:
+        warnings.simplefilter("ignore", RetconWarning)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for wanted, add in ((cases, add_cases), (corpus, add_corpus), (dataset, add_dataset)):
         if wanted:

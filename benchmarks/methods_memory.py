@@ -9,25 +9,21 @@ and second moments, which a call before has made. The count is the same on any m
 the fine-tuning family says of itself before it starts: 20 bytes a value, or more by its settings.
 """
 
-import warnings
-
 import retcon
 from benchmarks.attribution import TensorPeak
 from benchmarks.common import cases_of, command_line, machine, moments_of
 from benchmarks.methods_table import ROWS
-from retcon.errors import RetconWarning
 from retcon.methods.common.fine_tuning import FineTuning
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True)
+    parser = command_line(__doc__, cases=True, corpus=True, quiet=True)
     parser.add_argument("--n", type=int, default=20, help="edits of the batch")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=[m for m in ROWS if m not in NEED_EDITORS])
     parser.add_argument("--editor", nargs="*", default=[], metavar="METHOD=FILE")
     args = parser.parse_args()
     editors = dict(pair.split("=", 1) for pair in args.editor)
 
-    warnings.simplefilter("ignore", RetconWarning)
     lm = retcon.load(args.model)
     contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
     weights = sum(p.nbytes for p in lm.model.parameters())

@@ -9,13 +9,11 @@ seconds of the processor, so that other processes matter little.
 """
 
 import time
-import warnings
 from functools import partial
 from typing import Any
 
 import retcon
 from benchmarks.common import cases_of, command_line, machine, moments_of, timed
-from retcon.errors import RetconWarning
 
 NEVER: dict[str, Any] = {"stop": "loss", "threshold": 0.0}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,13 +27,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True)
+    parser = command_line(__doc__, cases=True, corpus=True, quiet=True)
     parser.add_argument("--edits", type=int, default=32)
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-
-    warnings.simplefilter("ignore", RetconWarning)
     lm = retcon.load(args.model)
     edits = [case.edits[0] for case in cases_of(args.data, args.start, args.edits, args.seed)]
     contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)

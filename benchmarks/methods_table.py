@@ -14,13 +14,11 @@ Methods that search the same values share them, and only the first is timed.
 """
 
 import time
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import retcon
 from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents, print_row
-from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.memory.values import ValueCache
 
@@ -31,7 +29,7 @@ FAMILY = ["ROME", "R-ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "EMMET", "PME
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True)
+    parser = command_line(__doc__, cases=True, corpus=True, quiet=True)
     parser.add_argument("--n", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--alone", type=int, default=100, help="cases edited one at a time for n = 1")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=FAMILY)
@@ -42,7 +40,6 @@ def main() -> None:
     args = parser.parse_args()
     editors, named = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.editor, args.preset))
 
-    warnings.simplefilter("ignore", RetconWarning)
     lm = retcon.load(args.model)
     contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
     print(f"{args.model}, seed {args.seed}; {machine()}\n")

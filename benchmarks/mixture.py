@@ -11,7 +11,6 @@ their neighbours, on plain text (mean over the layers above the first edited one
 """
 
 import json
-import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from benchmarks.common import cases_of, command_line, edited_and_measured, machi
 from retcon import world
 from retcon.attachment import Attachment
 from retcon.edits import Case
-from retcon.errors import RetconWarning
 from retcon.evaluation.drift import routing_overlap
 from retcon.lm.model import LM
 from retcon.methods.common.choosing import choose
@@ -62,13 +60,12 @@ def known(cases: list[Case], model: str) -> list[Case]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True)
+    parser = command_line(__doc__, cases=True, corpus=True, quiet=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--mlp", nargs="+", default=["experts", "dense"], help="dense is the shared expert")
     parser.add_argument("--known", metavar="WORLD", help="edit what this world has read; default: the model itself")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     asked = parser.parse_args()
-    warnings.simplefilter("ignore", RetconWarning)
     print(f"# {machine()}", flush=True)
     lm = retcon.load(asked.model)
     moments = moments_of(lm, asked.corpus)

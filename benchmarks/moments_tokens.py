@@ -11,25 +11,21 @@ mean over layers). Where the corpus is too small for a row, the row says how man
 """
 
 import math
-import warnings
 from dataclasses import replace
 from statistics import mean
 
 import retcon
 from benchmarks.common import METRICS, cases_of, command_line, jeep_of, machine, moments_of, percents, print_row
 from benchmarks.jeep_quality import measure
-from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.memory.moments import document_rows
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True, dataset=True)
+    parser = command_line(__doc__, cases=True, corpus=True, dataset=True, quiet=True)
     parser.add_argument("--n", type=int, default=100)
     parser.add_argument("--per-dimension", type=int, nargs="+", default=[2, 5, 10, 20, 50], metavar="TOKENS")
     args = parser.parse_args()
-
-    warnings.simplefilter("ignore", RetconWarning)  # too few tokens, and what comes of it
     lm = retcon.load(args.model)
     jeep = jeep_of(lm, args.dataset)
     sites = [lm.site(layer, "down_proj") for layer in (*jeep.low, *jeep.high)]

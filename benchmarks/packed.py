@@ -11,7 +11,6 @@ floats that an applied edit puts in place of packed matrices.
 
 import json
 import time
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +19,6 @@ import retcon
 from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents
 from retcon import world
 from retcon.edits import Case
-from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
 from retcon.methods.common.contract import Method
@@ -60,12 +58,11 @@ def edited(lm: LM, method: Method, cases: list[Case], **given: Any) -> dict[str,
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True)
+    parser = command_line(__doc__, cases=True, corpus=True, quiet=True)
     parser.add_argument("--n", type=int, default=50, help="cases written at once")
     parser.add_argument("--alone", type=int, default=10, help="cases of methods for one fact")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     asked = parser.parse_args()
-    warnings.simplefilter("ignore", RetconWarning)
     print(f"# {machine()}", flush=True)
     with TemporaryDirectory() as folder:
         for how in ("float32", *PACKINGS):

@@ -20,7 +20,6 @@ and STEM.png and .svg are drawn.
 import argparse
 import itertools
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ from benchmarks.common import (
 )
 from retcon.cli.probe.shared import rounded
 from retcon.drawing import figure, save
-from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
 from retcon.locate import Advice, Rule, Tracing, advise, causal_trace, contrast_probe, figures
@@ -194,7 +192,7 @@ def over_windows(by_layer: Sequence[float], width: int) -> list[float]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True, dataset=True)
+    parser = command_line(__doc__, cases=True, corpus=True, dataset=True, quiet=True)
     parser.add_argument("--name", help="the model's name in the figure, if not as --model says")
     parser.add_argument("--edits", type=int, default=100)
     parser.add_argument("--probed", type=int, default=500, help="facts after the edits, for the contrast-based probe")
@@ -203,8 +201,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="stop after that many new rows; the next run goes on")
     parser.add_argument("--out", required=True, metavar="STEM")
     args = parser.parse_args()
-
-    warnings.simplefilter("ignore", RetconWarning)  # rows have what the rule chose
     lm = retcon.load(args.model)
     print(f"{args.name or args.model}, seed {args.seed}; {machine()}")
     out = Path(f"{args.out}.jsonl")

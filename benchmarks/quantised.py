@@ -12,7 +12,6 @@ rounded, and the rounded unedited model with the edit beside it in float, as an 
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 import retcon
 from benchmarks.common import cases_of, command_line, machine, moments_of, percents
 from retcon.edits import Case
-from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.lm.model import LM
 from retcon.methods.common.choosing import choose
@@ -72,11 +70,10 @@ def measured(lm: LM, cases: list[Case]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True)
+    parser = command_line(__doc__, cases=True, corpus=True, quiet=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--methods", nargs="+", default=METHODS)
     asked = parser.parse_args()
-    warnings.simplefilter("ignore", RetconWarning)
     print(f"# {machine()}", flush=True)
     lm = retcon.load(asked.model)
     moments = moments_of(lm, asked.corpus)

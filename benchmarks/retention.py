@@ -11,7 +11,6 @@ edits, all edits so far are measured: Score, ES, GS, and LS. PRUNE is MEMIT's ru
 import argparse
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from benchmarks.common import (
     moments_of,
 )
 from retcon.drawing import figure, save
-from retcon.errors import RetconWarning
 from retcon.evaluation import evaluate
 from retcon.methods.common.sequence import in_steps
 
@@ -45,7 +43,6 @@ MARKERS = "os^DvPX*"
 
 
 def run(args: argparse.Namespace) -> None:
-    warnings.simplefilter("ignore", RetconWarning)
     lm = retcon.load(args.model)
     cases = cases_of(args.data, args.start, args.edits, args.seed)
     contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
@@ -95,7 +92,7 @@ def plot(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = command_line(__doc__)
+    parser = command_line(__doc__, quiet=True)
     verbs = parser.add_subparsers(required=True)
     running = verbs.add_parser("run")
     add_cases(running)

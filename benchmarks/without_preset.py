@@ -13,7 +13,6 @@ nothing is edited: the cases become a file, for `retcon tune` or, with `--said`,
 """
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +23,6 @@ import retcon
 from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents, preferred
 from retcon.attachment import Attachment
 from retcon.edits import Edit, write_cases
-from retcon.errors import RetconWarning
 from retcon.lm.model import LM
 from retcon.memory.values import ValueCache
 from retcon.methods.common.choosing import choose
@@ -43,7 +41,7 @@ def written(lm: LM, edits: Sequence[Edit]) -> list[str]:
 
 
 def main() -> None:
-    parser = command_line(__doc__, cases=True, corpus=True)
+    parser = command_line(__doc__, cases=True, corpus=True, quiet=True)
     parser.add_argument("--n", type=int, default=100, help="cases")
     parser.add_argument("--alone", action="store_true", help="edit every case by itself")
     parser.add_argument("--any", action="store_true", help="cases as they come, preferred or not")
@@ -55,7 +53,6 @@ def main() -> None:
     parser.add_argument("--write-cases", type=Path, metavar="FILE", help="write the cases there and stop")
     parser.add_argument("--texts", type=int, default=3, help="edits whose texts are printed")
     asked = parser.parse_args()
-    warnings.simplefilter("ignore", RetconWarning)
     print(f"# {machine()}", flush=True)
     lm = retcon.load(asked.model)
     pick = cases_of if asked.any else partial(preferred, lm, said=asked.said)
