@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -397,23 +398,18 @@ class Store(Contents):
             later = state.later([slot])
             lines: list[str] = []
             before = lm.applied
+            again = partial(change.propose_again, lm, moments=moments, progress=progress, editor=editor, method=method)
             with self.at(lm):
                 self._to(lm, state, upto=slot)
                 if kept:
-                    new = change.propose_again(
-                        lm, delta, kept, moments=moments, search=False, progress=progress, editor=editor, method=method
-                    )
+                    new = again(delta, kept, search=False)
                     lines = [fact_line(case, new.id) for case in facts.values() if case is not None]
                     lm.apply(new)
-                    sets[slot] = (delta, new.id)
-                else:
-                    sets[slot] = (delta, None)
+                sets[slot] = (delta, new.id if kept else None)
                 for each in later if repropose else ():
                     old = str(state.slots[each])
                     own = [self.index.case(line) for line in self.lines_by_delta()[old].values()]
-                    new = change.propose_again(
-                        lm, old, own, moments=moments, search=True, progress=progress, editor=editor, method=method
-                    )
+                    new = again(old, own, search=True)
                     lm.apply(new)
                     sets[each] = (old, new.id)
                 about: dict[str, Any] = {"searched": change.searched}
