@@ -334,10 +334,9 @@ def collect_moments(
     rows: Sequence[Row],
     *,
     max_batch_tokens: int | None = None,
-    progress: Callable[[int, int], None] = silent,
 ) -> dict[Site, Float[Tensor, "d_in d_in"]]:
     """Return E[k k^T] over every token of the rows, for all sites in one pass, float64; see `memory/collect.py`."""
-    found = collect(lm, sites, rows, max_batch_tokens=max_batch_tokens, progress=progress)
+    found = collect(lm, sites, rows, max_batch_tokens=max_batch_tokens)
     return {site: collected.moment for site, collected in found}
 
 

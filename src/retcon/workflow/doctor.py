@@ -28,7 +28,6 @@ from retcon.memory.write import is_routed, written_sites
 from retcon.methods.common.choosing import method
 from retcon.methods.common.proposal import what_stands_between
 from retcon.plural import plural
-from retcon.work import silent
 
 Outcome = Literal["passed", "failed", "skipped"]
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -70,7 +69,7 @@ class Examination:
         return {**asdict(self), "passed": self.passed}
 
 
-def examine(lm: LM, *, progress: Callable[[str], None] = silent) -> Examination:
+def examine(lm: LM) -> Examination:
     """Try everything that editing `lm` rests on; the model is as it was afterwards.
 
     Edits are tried with the identity for a second moment: whether an edit takes is asked, not how well.
@@ -90,7 +89,6 @@ def examine(lm: LM, *, progress: Callable[[str], None] = silent) -> Examination:
     }
     findings = []
     for name, check in checks.items():
-        progress(name)
         try:
             outcome, detail = check(lm)
         except _Skipped as error:
