@@ -47,10 +47,7 @@ def reads_facts(
         conflicts: what happens to facts that contradict each other where the user does not say.
     """
     start = Annotated[int, typer.Option(min=0, help=f"Rows of {file} to pass over.")]
-    if limit is None:
-        rows: Any = typer.Option(min=1, help=f"Rows of {file} to read.", show_default="all")
-    else:
-        rows = typer.Option(min=1, help=f"Rows of {file} to read.")
+    rows = typer.Option(min=1, help=f"Rows of {file} to read.", show_default="all" if limit is None else True)
     options: dict[str, tuple[Any, Any]] = {
         "file_format": (FileFormat, None),
         "on_error": (OnError, "stop"),
