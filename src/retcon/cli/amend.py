@@ -13,8 +13,8 @@ from retcon.cli.stores import Rewriting, entry_record, open_store, rewrites, rew
 @loads_a_model
 @rewrites
 def amend(
-    fact: Annotated[str, typer.Argument(metavar="FACT", help="A fact that is in force.", show_default=False)],
-    target: Annotated[str, typer.Option(metavar="TEXT", help="Its new answer.", show_default=False)],
+    fact: Annotated[str, typer.Argument(metavar="FACT", help="A fact that is in force.")],
+    target: Annotated[str, typer.Option(metavar="TEXT", help="Its new answer.")],
     *,
     how: Rewriting,
     as_json: Json = False,

@@ -15,7 +15,7 @@ from retcon.cli.progress import spinner
 def apply(
     model: Model,
     delta: AppliedDeltas,
-    save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.", show_default=False)],
+    save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is in DIR.")] = False,
     other_base: OtherBase = False,
     as_json: Json = False,

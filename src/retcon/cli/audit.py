@@ -25,21 +25,18 @@ N_SHOWN = 30
 @loads_as_stored
 @reads_facts("--facts")
 def audit(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model.", show_default=False)],
-    edited: Annotated[str, typer.Argument(metavar="EDITED", help="The other checkpoint.", show_default=False)],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model.")],
+    edited: Annotated[str, typer.Argument(metavar="EDITED", help="The other checkpoint.")],
     explain: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DELTA", help="A delta that may explain the difference; repeat.", show_default=False),
+        list[Path] | None, typer.Option(metavar="DELTA", help="A delta that may explain the difference; repeat.")
     ] = None,
     facts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Facts that both models are asked; any format.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Facts that both models are asked; any format.")
     ] = None,
     *,
     reading: Reading,
     delta: Annotated[
-        Path | None,
-        typer.Option(metavar="OUT", help="File that the difference goes to, as a delta.", show_default=False),
+        Path | None, typer.Option(metavar="OUT", help="File that the difference goes to, as a delta.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at OUT.")] = False,
     as_json: Json = False,

@@ -29,47 +29,32 @@ N_RESAMPLES = 200
 
 
 def bench(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="A TOML file; or give the options.", show_default=False)
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="A TOML file; or give the options.")] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Directory of the results; a run in it goes on.", show_default=False)
     ] = Path("bench"),
     model: Annotated[
-        str | None,
-        typer.Option(help="demo:gptj, a directory, a hub id; one of the file's, or over it.", show_default=False),
+        str | None, typer.Option(help="demo:gptj, a directory, a hub id; one of the file's, or over it.")
     ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="A method; repeat. Over the file's.", show_default=False)
-    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method; repeat. Over the file's.")] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option(help="A file, hub:owner/name/file.json, or world; over the file's.", show_default=False),
+        str | None, typer.Option(help="A file, hub:owner/name/file.json, or world; over the file's.")
     ] = None,
     file_format: FileFormat = None,
     on_error: Annotated[
         Literal["stop", "skip"] | None,
-        typer.Option(
-            help="When a row of a dataset cannot be used: refuse it, or leave the row out; over the file's.",
-            show_default=False,
-        ),
+        typer.Option(help="When a row of a dataset cannot be used: refuse it, or leave the row out; over the file's."),
     ] = None,
     case_target: Annotated[
         Literal["new", "alt"] | None,
-        typer.Option(
-            help="The answer to write: the row's new one, or its alternative; over the file's.", show_default=False
-        ),
+        typer.Option(help="The answer to write: the row's new one, or its alternative; over the file's."),
     ] = None,
     conflicts: Annotated[
         Literal["error", "drop", "last"] | None,
-        typer.Option(
-            help="When facts contradict each other: refuse, or keep the first or last; over the file's.",
-            show_default=False,
-        ),
+        typer.Option(help="When facts contradict each other: refuse, or keep the first or last; over the file's."),
     ] = None,
     protocol: Annotated[
-        str | None,
-        typer.Option(help="single, batch, sequential, batch_sequential or curve.", show_default="batch"),
+        str | None, typer.Option(help="single, batch, sequential, batch_sequential or curve.", show_default="batch")
     ] = None,
     n: Annotated[
         int | None, typer.Option(min=1, help="Cases; of a curve, its last point at most.", show_default="all")
@@ -77,14 +62,12 @@ def bench(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Cases edited in one call.", show_default="all; 1 of batch_sequential")
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="A seed; repeat. Over the file's.", show_default=False)] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="A seed; repeat. Over the file's.")] = None,
     corpus: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|DATASET", help="Text for the second moments, as for moments.", show_default=False),
+        str | None, typer.Option(metavar="FILE|DATASET", help="Text for the second moments, as for moments.")
     ] = None,
     text: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Held-out text, whose perplexity is measured too.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Held-out text, whose perplexity is measured too.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Where DIR holds another benchmark, start this one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run, and how long.")] = False,

@@ -20,16 +20,10 @@ def cache(
     ] = None,
     prune: Annotated[
         bool,
-        typer.Option(
-            "--prune",
-            help="Remove what is damaged or half written; of KINDs that are named, everything.",
-        ),
+        typer.Option("--prune", help="Remove what is damaged or half written; of KINDs that are named, everything."),
     ] = False,
     days: Annotated[
-        float | None,
-        typer.Option(
-            min=0, metavar="N", help="With --prune: also what was written over N days ago.", show_default=False
-        ),
+        float | None, typer.Option(min=0, metavar="N", help="With --prune: also what was written over N days ago.")
     ] = None,
     as_json: Json = False,
 ) -> None:

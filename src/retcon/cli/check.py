@@ -43,20 +43,14 @@ def check(
     cases: Annotated[
         Path,
         typer.Option(
-            metavar="FILE",
-            help="A file of facts, or world. Paraphrases and neighbours that it does not have are made.",
-            show_default=False,
+            metavar="FILE", help="A file of facts, or world. Paraphrases and neighbours that it does not have are made."
         ),
     ],
     delta: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DELTA", help="A delta; repeat for several, applied in order.", show_default=False),
+        list[Path] | None, typer.Option(metavar="DELTA", help="A delta; repeat for several, applied in order.")
     ] = None,
     edited: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="The edited model: a merged checkpoint, or a PEFT adapter.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FOLDER", help="The edited model: a merged checkpoint, or a PEFT adapter.")
     ] = None,
     url: Annotated[
         str | None,
@@ -64,7 +58,6 @@ def check(
             metavar="ADDRESS",
             help="An OpenAI-compatible server that serves the edited model as MODEL; only its text is judged. The key "
             "is read from RETCON_API_KEY.",
-            show_default=False,
         ),
     ] = None,
     against: Annotated[
@@ -72,13 +65,11 @@ def check(
         typer.Option(
             metavar="DELTA",
             help="Compare with what this delta makes of the same cases; repeat for several, applied in order.",
-            show_default=False,
         ),
     ] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer of the server.")] = TIMEOUT,
     report: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the verdict: .html, .md, or .xml for JUnit.", show_default=False),
+        Path | None, typer.Option(metavar="FILE", help="Write the verdict: .html, .md, or .xml for JUnit.")
     ] = None,
     *,
     reading: Reading,

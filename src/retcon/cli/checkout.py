@@ -15,7 +15,7 @@ from retcon.files import found_from
 
 @loads_as_stored
 def checkout(
-    save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.", show_default=False)],
+    save: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoint goes.")],
     entry: Annotated[str, typer.Argument(metavar="ID", help="An entry, or base.")] = "HEAD",
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint that is in DIR.")] = False,
     model: OtherModel = None,

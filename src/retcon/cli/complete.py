@@ -29,8 +29,7 @@ Stops = Annotated[
     ),
 ]
 MaxTokens = Annotated[
-    int | None,
-    typer.Option("--max-tokens", min=1, help="Tokens to write at most.", show_default="32; 256 in a chat"),
+    int | None, typer.Option("--max-tokens", min=1, help="Tokens to write at most.", show_default="32; 256 in a chat")
 ]
 Temperature = Annotated[
     float | None,
@@ -50,7 +49,7 @@ TopP = Annotated[
 @loads_a_model
 def complete(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.")],
     delta: Deltas = None,
     as_chat: AsChat = False,
     system: System = None,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="An entry, or base.", show_default=False)],
+    a: Annotated[str, typer.Argument(metavar="A", help="An entry, or base.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one.")] = "HEAD",
     store: StorePath = Path(".retcon"),
     as_json: Json = False,

@@ -57,19 +57,15 @@ def edit(
             metavar="EDITS",
             help="Facts: JSON, JSON lines or CSV with prompt, subject and target_new, or any format of docs/data.md; "
             "hub:NAME.",
-            show_default=False,
         ),
     ],
-    out: Annotated[
-        Path | None, typer.Option(metavar="DELTA", help="File that the delta goes to.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DELTA", help="File that the delta goes to.")] = None,
     method: Method = "jeep",
     dataset: PresetsOf = None,
     preset: Preset = None,
     assignments: Assignments = None,
     layers: Annotated[
-        Literal["probe"] | None,
-        typer.Option(help="Edit the layers that the contrast-based probe advises for EDITS.", show_default=False),
+        Literal["probe"] | None, typer.Option(help="Edit the layers that the contrast-based probe advises for EDITS.")
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -86,7 +82,6 @@ def edit(
             metavar="DELTA",
             help="A delta to edit on top of; repeat for several, in order. A method that remembers its earlier batches "
             "goes on from the last.",
-            show_default=False,
         ),
     ] = None,
     corpus: Corpus = None,
@@ -108,7 +103,6 @@ def edit(
             "--store",
             metavar="DIR",
             help="Instead of --out: a store (retcon init) that the edit becomes an entry of, on top of what is there.",
-            show_default=False,
         ),
     ] = None,
     message: Message = "",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def export(
     model: Model,
     delta: AppliedDeltas,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the export goes to.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder that the export goes to.")],
     format_: Annotated[
         Literal["hf", "peft", "diff", "gguf-lora", "gguf"],
         typer.Option(
@@ -39,7 +39,6 @@ def export(
         typer.Option(
             metavar="R|max",
             help="Of adapters: one rank for all matrices, at most R (what is lost is said); max: the largest needed.",
-            show_default=False,
         ),
     ] = None,
     base_name: Annotated[
@@ -61,7 +60,6 @@ def export(
         typer.Option(
             metavar="FILE",
             help="Cases to measure: their scores go on the card, and a smaller rank is measured beside the exact one.",
-            show_default=False,
         ),
     ] = None,
     file_format: Annotated[
@@ -75,10 +73,7 @@ def export(
     conflicts: Conflicting = "drop",
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of --cases to read.", show_default="all")] = None,
     push: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OWNER/NAME", help="Upload the export to this repository of the hub as well.", show_default=False
-        ),
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the export to this repository of the hub as well.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository of --push a public one.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the export that is in DIR.")] = False,

@@ -30,10 +30,9 @@ def fit(
             metavar="CASES",
             help="Facts with paraphrases and neighbours to train on, none of those to be edited; any format of "
             "docs/data.md. A thousand are good.",
-            show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="File that the editor goes to.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File that the editor goes to.")],
     method: Annotated[str, typer.Option(help="mend or malmen.")] = "mend",
     dataset: PresetsOf = None,
     preset: Preset = None,

@@ -14,9 +14,7 @@ def gc(
     before: Annotated[
         str | None,
         typer.Option(
-            metavar="ID",
-            help="Also the deltas that neither the state after this entry nor a later one needs.",
-            show_default=False,
+            metavar="ID", help="Also the deltas that neither the state after this entry nor a later one needs."
         ),
     ] = None,
     values: Annotated[

@@ -27,16 +27,11 @@ def methods(
         typer.Argument(
             metavar="[MODEL]",
             help="Also say which preset this model gets; only its config is read. A method here is as --method.",
-            show_default=False,
         ),
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            "--method",
-            help="Only this one, or module:Class, with every setting and what it means.",
-            show_default=False,
-        ),
+        typer.Option("--method", help="Only this one, or module:Class, with every setting and what it means."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -11,9 +11,7 @@ import typer
 from retcon.errors import InvalidSetting
 from retcon.seed import check_seed
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="demo:gptj, demo:llama, a directory, or a hub id.", show_default=False)
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="demo:gptj, demo:llama, a directory, or a hub id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU where there is one")]
 DType = Annotated[
@@ -35,9 +33,7 @@ def seed_option(seed: int) -> int:
 
 Seed = Annotated[int, typer.Option(help="Seed of all that is drawn at random.", callback=seed_option)]
 Method = Annotated[str, typer.Option(help="One of those that `retcon methods` lists.")]
-PresetsOf = Annotated[
-    str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...", show_default=False)
-]
+PresetsOf = Annotated[str | None, typer.Option(help="Which of the model's presets: counterfact, zsre, ...")]
 Preset = Annotated[
     str | None,
     typer.Option(
@@ -46,8 +42,7 @@ Preset = Annotated[
     ),
 ]
 Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.", show_default=False),
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A setting over the preset's; repeat.")
 ]
 Corpus = Annotated[
     str | None,
@@ -60,22 +55,14 @@ Corpus = Annotated[
 ]
 Deltas = Annotated[
     list[Path] | None,
-    typer.Option(
-        "--delta", metavar="DELTA", help="A delta to apply first; repeat for several, in order.", show_default=False
-    ),
+    typer.Option("--delta", metavar="DELTA", help="A delta to apply first; repeat for several, in order."),
 ]
-AppliedDeltas = Annotated[
-    list[Path], typer.Argument(metavar="DELTA...", help="Deltas, in order of application.", show_default=False)
-]
-Revision = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.", show_default=False)
-]
+AppliedDeltas = Annotated[list[Path], typer.Argument(metavar="DELTA...", help="Deltas, in order of application.")]
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.")]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
-        metavar="MAP",
-        help="Spread the model over devices: auto, balanced, or a JSON object of modules and devices.",
-        show_default=False,
+        metavar="MAP", help="Spread the model over devices: auto, balanced, or a JSON object of modules and devices."
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -99,8 +86,7 @@ VerifyBase = Annotated[
 Shrink = Annotated[
     bool,
     typer.Option(
-        "--shrink",
-        help="Where memory runs out, go on with less at a time; the result then differs in its last bits.",
+        "--shrink", help="Where memory runs out, go on with less at a time; the result then differs in its last bits."
     ),
 ]
 On = Annotated[
@@ -115,16 +101,13 @@ OtherBase = Annotated[bool, typer.Option("--other-base", help="Apply deltas made
 AsChat = Annotated[
     bool, typer.Option("--chat", help="Put prompts to a chat model: as the user's turn in its tokenizer's template.")
 ]
-System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="The chat's system turn (implies --chat).", show_default=False)
-]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="The chat's system turn (implies --chat).")]
 TemplateArgs = Annotated[
     list[str] | None,
     typer.Option(
         "--template-arg",
         metavar="NAME=VALUE",
         help="For the chat template, such as enable_thinking=false (implies --chat); repeat.",
-        show_default=False,
     ),
 ]
 TrainEnd = Annotated[

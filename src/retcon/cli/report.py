@@ -13,9 +13,7 @@ from retcon.errors import how_to_install
 
 
 def report(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Directory of a benchmark (`retcon bench`).", show_default=False)
-    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a benchmark (`retcon bench`).")],
     out: Annotated[
         Path | None,
         typer.Option(

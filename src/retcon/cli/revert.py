@@ -14,12 +14,8 @@ from retcon.errors import InvalidSetting
 @loads_a_model
 @rewrites
 def revert(
-    name: Annotated[
-        str | None, typer.Argument(metavar="ID", help="An entry; HEAD is the last.", show_default=False)
-    ] = None,
-    fact: Annotated[
-        str | None, typer.Option(metavar="FACT", help="One fact of a batch instead.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="ID", help="An entry; HEAD is the last.")] = None,
+    fact: Annotated[str | None, typer.Option(metavar="FACT", help="One fact of a batch instead.")] = None,
     *,
     how: Rewriting,
     as_json: Json = False,

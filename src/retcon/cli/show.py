@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def show(
-    name: Annotated[
-        str, typer.Argument(metavar="ID|FACT", help="An entry (HEAD is the last) or a fact.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="ID|FACT", help="An entry (HEAD is the last) or a fact.")],
     store: StorePath = Path(".retcon"),
     as_json: Json = False,
 ) -> None:

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 StorePath = Annotated[Path, typer.Option("--store", metavar="DIR", help="The store's folder.")]
 OtherModel = Annotated[
-    str | None,
-    typer.Option("--model", metavar="MODEL", help="Where the model is now.", show_default="as in the store"),
+    str | None, typer.Option("--model", metavar="MODEL", help="Where the model is now.", show_default="as in the store")
 ]
 Corpus = Annotated[
     str | None,
@@ -33,15 +32,13 @@ Corpus = Annotated[
     ),
 ]
 Again = Annotated[
-    bool,
-    typer.Option("--repropose", help="Propose the later deltas again too, in order, on top of the changed one."),
+    bool, typer.Option("--repropose", help="Propose the later deltas again too, in order, on top of the changed one.")
 ]
 Editor = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
         help="The trained editor that the fact's batch was made with (mend, malmen); a store keeps its name only.",
-        show_default=False,
     ),
 ]
 OwnMethod = Annotated[
@@ -50,10 +47,9 @@ OwnMethod = Annotated[
         "--method",
         metavar="MODULE:CLASS",
         help="The method of your own that the fact's batch was made with; its code is not run unless you name it.",
-        show_default=False,
     ),
 ]
-Message = Annotated[str, typer.Option("-m", "--message", help="Message of the store's log.", show_default=False)]
+Message = Annotated[str, typer.Option("-m", "--message", help="Message of the store's log.")]
 N_SHOWN = 20
 """Facts shown; the JSON has all."""
 

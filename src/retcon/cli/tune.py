@@ -30,17 +30,13 @@ def tune(
         typer.Argument(
             metavar="CASES",
             help="Facts with paraphrases and neighbours to judge by; any format of docs/data.md. A hundred are good.",
-            show_default=False,
         ),
     ],
     method: Method = "jeep",
     budget: Annotated[float, typer.Option(metavar="MIN", min=0, help="Minutes to search.")] = 60.0,
     trials: Annotated[int, typer.Option(min=2, help="Sets of settings to try at most.")] = 50,
     assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="A setting that is not searched; repeat.", show_default=False
-        ),
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A setting that is not searched; repeat.")
     ] = None,
     preset: Preset = None,
     corpus: Corpus = None,

@@ -31,11 +31,7 @@ def verify(
     ] = None,
     stay: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Facts that must stay; target_new is the answer of the unedited model.",
-            show_default=False,
-        ),
+        typer.Option(metavar="FILE", help="Facts that must stay; target_new is the answer of the unedited model."),
     ] = None,
     *,
     reading: Reading,
@@ -43,15 +39,9 @@ def verify(
         bool, typer.Option("--strict", help="Also fail for paraphrases, consequences and locality that never passed.")
     ] = False,
     bisect: Annotated[bool, typer.Option(help="Find the entry in force that broke what fails.")] = True,
-    junit: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the checks as JUnit XML.", show_default=False)
-    ] = None,
-    markdown: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write the result as Markdown.", show_default=False)
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a page, a row per fact.", show_default=False)
-    ] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the checks as JUnit XML.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result as Markdown.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page, a row per fact.")] = None,
     model: OtherModel = None,
     store: StorePath = Path(".retcon"),
     as_json: Json = False,

@@ -40,9 +40,7 @@ def contrast(
     sets: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="Word sets to follow: JSON lines with id, related and factual (lists of words).",
-            show_default=False,
+            metavar="FILE", help="Word sets to follow: JSON lines with id, related and factual (lists of words)."
         ),
     ] = None,
     corpus: Annotated[
