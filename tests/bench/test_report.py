@@ -208,6 +208,17 @@ def test_rows_of_several_datasets_are_told_apart(tmp_path: Path, plotting: None)
     assert "jeep, T: 0.500 s" in times.alt
 
 
+def test_conditions_of_tests_have_no_column(tmp_path: Path) -> None:
+    records = [
+        *axis("rewrite", "edit_success", {"a": [1]}, variant="ripple", when="final"),
+        *axis("ripple.condition", "ripple.condition", {"a": [1]}, variant="gen.contains", when="final"),
+        *axis("ripple.forgetfulness", "ripple.forgetfulness", {"a": [0.5]}, variant="ripple.taken", when="final"),
+    ]
+    runs = (make_run(tmp_path, "jeep", records, n=1),)
+    table = named(Bench(tmp_path, {"spec": {"name": "r"}, **VERSIONS}, ENVIRONMENT, runs, ()), "ripple")
+    assert table.head == ("Method", "edit_success", "ripple.forgetfulness")
+
+
 def test_a_method_that_lacks_seeds_is_named_and_does_not_compete(bench: Bench) -> None:
     spec = {"spec": {"name": "b", "seeds": [0, 1, 2]}, **VERSIONS}
     whole = dataclasses.replace(bench, manifest=spec)

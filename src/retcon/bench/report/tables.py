@@ -230,7 +230,7 @@ def multihop(groups: Sequence[Group]) -> list[Table]:
         for dataset in dict.fromkeys(g.dataset for g in groups if g.family == family):
             own = [g for g in groups if (g.family, g.dataset) == (family, dataset)]
             lines = [line for g in own for s in g.summaries for line in s.lines]
-            axes = dict.fromkeys(line.metric for line in lines if line.metric.startswith("ripple."))
+            axes = dict.fromkeys(line.metric for line in lines if line.variant.startswith("ripple."))
             columns = [(n, ()) for n in names] + [(a, ("ripple.taken",)) for a in axes]
             builder = _Builder(("Method", *(name for name, _ in columns)))
             kinds: set[str] = set()
