@@ -14,8 +14,8 @@ from retcon.errors import DeltaMismatch, InvalidEdit, InvalidSetting, OutOfMemor
 from retcon.methods.common.choosing import method
 from retcon.methods.common.fine_tuning import (
     _as_tensor,
-    _earlier,
     add_decay,
+    earlier_edits,
     paraphrase_loss,
     project_onto_bounds,
     shrink,
@@ -260,6 +260,26 @@ def test_replay_trains_on_earlier_edits_and_is_kept_in_the_file(tiny, edits, tmp
         replaying.propose(lm, edits[3:], state={"keys": torch.zeros(2)})
 
 
+def test_replay_does_not_train_again_what_was_taken_back(tiny, edits):
+    lm, replaying = tiny("gpt2"), ft(replay=True, epochs=2)
+    deltas: list[Any] = []
+    for edit in edits[:3]:
+        deltas.append(replaying.propose(lm, [edit], state=deltas[-1].state if deltas else None))
+        lm.apply(deltas[-1])
+
+    def replayed() -> list[str]:
+        return [edit.id for edit in earlier_edits(lm, deltas[-1].state, edits[3:])]
+
+    assert replayed() == ["leonardo", "darrieux", "france"]
+    lm.revert(deltas[0])
+    assert replayed() == ["leonardo", "darrieux"]
+    fourth = replaying.propose(lm, edits[3:], state=deltas[-1].state)
+    assert earlier_edits(lm, fourth.state, []) == [edits[3], edits[2], edits[1]]
+    other = replaying.propose(lm, [replace(edits[0], target_new="Lyon", id="amended")])
+    lm.apply(other)
+    assert replayed() == ["amended", "leonardo", "darrieux"], "what is in force in its place is replayed"
+
+
 def test_replay_reads_back_edits_without_a_subject_and_in_a_chat(tiny):
     lm = tiny("llama")
     lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -267,7 +287,7 @@ def test_replay_reads_back_edits_without_a_subject_and_in_a_chat(tiny):
     asked = Edit("Who lived in {}?", "Rome", "Leonardo", id="asked", chat=Chat("Be short."))
     replaying = ft(replay=True, epochs=2)
     first = replaying.propose(lm, [plain, asked])
-    assert _earlier(first.state, []) == [plain, asked]
+    assert earlier_edits(lm, first.state, []) == [plain, asked]
     assert len(replaying.propose(lm, [Edit("I read", None, "the", id="third")], state=first.state).report) == 1
 
 
@@ -279,12 +299,12 @@ def test_replay_reads_back_edits_without_a_subject_and_in_a_chat(tiny):
         Edit("The capital of France is", None, "Rome"),
     ],
 )
-def test_replay_forgets_an_answer_that_a_new_edit_takes_the_place_of(now):
+def test_replay_forgets_an_answer_that_a_new_edit_takes_the_place_of(now, tiny):
     relation = now.relation_id
     before = Edit("The capital of {} is", "France", "Paris", relation_id=relation)
     other = Edit("The capital of {} is", "Italy", "Zürich", relation_id=relation)
     state = {"edits": _as_tensor([before, other])}
-    assert _earlier(state, [now]) == [other]
+    assert earlier_edits(tiny(n_layers=2), state, [now]) == [other]
 
 
 def test_an_edit_may_be_left_alone_by_its_paraphrases(tiny, edit, tmp_path):

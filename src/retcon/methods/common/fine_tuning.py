@@ -88,7 +88,7 @@ class FineTuning(TuningSettings):
     """Further prompts for each edit, with a sampled prefix before each, of which there are five; an edit's loss is the
     mean over its prompts."""
     replay: bool = False
-    """In a sequence, train on the edits so far (`state`) together with the new ones."""
+    """In a sequence, train on the edits so far (`state`) together with the new ones, but for those taken back since."""
 
     @property
     def keeps_state(self) -> bool:
@@ -151,7 +151,7 @@ class FineTuning(TuningSettings):
         with tuning(self, lm, edits, [part.parameter for part in parts], seed=seed, progress=progress) as run:
             if not edits:
                 return run.delta(state=state if self.keeps_state else None)
-            everything = [*edits, *_earlier(state, edits)] if self.replay else [*edits]
+            everything = [*edits, *earlier_edits(lm, state, edits)] if self.replay else [*edits]
             prefixes = first_prefixes(self.name, lm, self.n_prefixes, contexts, seed)
             ended = run.train(
                 parts,
@@ -340,13 +340,31 @@ def _as_tensor(edits: Sequence[Edit]) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def _earlier(state: State | None, edits: Sequence[Edit]) -> list[Edit]:
-    """Return the edits of a state whose question none of the new ones asks, in these or in other words."""
+def earlier_edits(lm: LM, state: State | None, edits: Sequence[Edit]) -> list[Edit]:
+    """Return the edits of a state whose question none of the new ones asks, in these or in other words.
+
+    Where the deltas before the state's own are no longer those that it was made on, since one was taken back, brought
+    back or written again, they are the edits of the deltas in force that replay: what was undone is not trained again.
+
+    Raises:
+        DeltaMismatch: the state holds no edits.
+    """
     if not state:
         return []
     try:
         kept = [Edit(**fields) for fields in json.loads(bytes(state["edits"].tolist()))]
     except (KeyError, ValueError, TypeError) as error:
         raise DeltaMismatch(f"the state given holds no edits of fine-tuning ({error}); leave it out") from None
+    replaying = [delta for delta in lm.showing if "edits" in (delta.state or {})]
+    made = next((d for d in replaying if torch.equal((d.state or {})["edits"], state["edits"])), None)
+    on_now = [delta.id for delta in lm.showing]
+    if made is not None and list(made.parents) != on_now[: on_now.index(made.id)]:
+        kept = []
+        for delta in replaying:
+            kept = [*delta.edits, *_not_asked_again(kept, delta.edits)]
+    return _not_asked_again(kept, edits)
+
+
+def _not_asked_again(kept: Sequence[Edit], edits: Sequence[Edit]) -> list[Edit]:
     texts, questions = {edit.text for edit in edits}, set(map(same_question, edits))
     return [edit for edit in kept if edit.text not in texts and same_question(edit) not in questions]
