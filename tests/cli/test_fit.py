@@ -63,6 +63,8 @@ def test_the_unfinished_training_of_another_run_is_replaced_where_it_is_said(
     refused = cli(*FIT, "--set", "steps=5", code=2).stderr
     assert "steps: found 4, wanted 5" in " ".join(refused.split())
     assert "--force" in refused
+    in_halves = " ".join(cli(*FIT, "--dtype", "bfloat16", code=2).stderr.split())
+    assert "dtype: found 'float32', wanted 'bfloat16'" in in_halves
     assert unfinished.read_bytes() == kept
     cli(*FIT, "--set", "steps=5", "--force")
     assert not unfinished.exists()

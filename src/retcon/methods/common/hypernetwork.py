@@ -393,6 +393,7 @@ def fit_editor(
         "method": method.name,
         "settings": settings,
         "fingerprint": fingerprint,
+        "dtype": str(lm.dtype).removeprefix("torch."),
         "cases": cases_hash(cases),
         "seed": seed,
     }
