@@ -385,6 +385,7 @@ def test_batches_are_made_small_enough_for_the_updates_wanted():
     [
         (dict(layers=(3, 1)), "must ascend"),
         (dict(modules=("block", "up_proj")), "has every matrix in it"),
+        (dict(modules=("block",), train_bias=False), "trains biases too"),
         (dict(box=-1.0), "box must not be negative"),
         (dict(objective="prompt_last", target_eos=True), "belong to 'target_new'"),
         (dict(weight_decay=-0.1), "weight_decay must not be negative"),

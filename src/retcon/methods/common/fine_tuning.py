@@ -104,6 +104,10 @@ class FineTuning(TuningSettings):
         super().__post_init__()
         if "block" in self.modules and len(self.modules) > 1:
             raise InvalidSetting(f"{self.name}: modules='block' has every matrix in it; name no others beside it")
+        if "block" in self.modules and not self.train_bias:
+            raise InvalidSetting(
+                f"{self.name}: modules='block' trains biases too; leave train_bias out, or name matrices"
+            )
         if self.stop_on is not None and self.skip == "batch":
             raise InvalidSetting(f"{self.name}: stop_on leaves each edit alone by itself; it goes with skip='edit'")
         if self.objective == "prompt_last" and (self.target_eos or self.n_prefixes):
