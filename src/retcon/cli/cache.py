@@ -9,6 +9,7 @@ import typer
 from retcon.cli.options import Json
 from retcon.cli.printing import console, emit, plain_table, plural, size
 from retcon.errors import InvalidSetting
+from retcon.files import cache_dir
 
 
 def cache(
@@ -34,7 +35,6 @@ def cache(
 
     The cache is in $RETCON_CACHE, else in $XDG_CACHE_HOME/retcon or ~/.cache/retcon.
     """
-    from retcon.files import cache_dir
     from retcon.workflow.cache import KINDS, kept_files
     from retcon.workflow.cache import prune as remove
 

@@ -13,7 +13,7 @@ from retcon.cli.options import Json
 from retcon.cli.printing import console, emit, styled
 from retcon.cli.progress import spinner
 from retcon.cli.tables import settings_table
-from retcon.errors import InvalidSetting
+from retcon.errors import InvalidSetting, RetconError, UnsupportedModel
 from retcon.workflow.settings import as_toml, resolve
 
 if TYPE_CHECKING:
@@ -140,7 +140,6 @@ def _without_weights(name: str) -> "LM":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from retcon.errors import RetconError, UnsupportedModel
     from retcon.lm.load import damage, find_model
     from retcon.lm.model import LM
 

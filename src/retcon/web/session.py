@@ -6,7 +6,7 @@ Methods that return a `Job` submit it and return at once.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -239,8 +239,6 @@ class Session:
 
     def choose_layer(self, row: int, layer: int) -> None:
         """Edit at a layer that was clicked in a map: low or high layers of JEEP, or those of the method."""
-        from dataclasses import fields
-
         from retcon.methods.common.registry import method_class
 
         names = [f.name for f in fields(method_class(self.method))]

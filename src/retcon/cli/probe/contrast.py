@@ -1,5 +1,6 @@
 """`retcon probe contrast`: how the original and the target answer travel through the layers."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from retcon.atomic import write_atomically
 from retcon.cli.facts import reads_facts
 from retcon.cli.models import load_model, loads_a_model
 from retcon.cli.options import Json, Model, Seed
@@ -139,10 +141,6 @@ def _word_sets(
 
 
 def _write_records(path: Path, found: "Contrast") -> None:
-    import json
-
-    from retcon.atomic import write_atomically
-
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.records()).encode())
 
 

@@ -1,5 +1,6 @@
 """What the probes share: the facts they look at, and the files they write."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -73,8 +74,6 @@ def probed(found: "Contrast") -> str:
 
 def write_figures(stem: str, figures: Mapping[str, "Figure"], record: Mapping[str, Any]) -> list[Path]:
     """Write the figures as `stem``suffix`.png and .svg, their numbers as `stem`.json; return the paths."""
-    import json
-
     from retcon.drawing import save
 
     with spinner("drawing"):
