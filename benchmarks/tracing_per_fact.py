@@ -82,8 +82,7 @@ def main() -> None:
         rome = retcon.method("rome", for_model=lm, dataset=args.dataset, layer=layer)
         after = []
         for trace in traces:
-            with warnings.catch_warnings():  # of changes too large: some layers need them
-                warnings.simplefilter("ignore", RetconWarning)
+            with warnings.catch_warnings(action="ignore", category=RetconWarning):  # some layers need large changes
                 delta = rome.propose(lm, cases[trace.id].edits, contexts=contexts, moments=moments, seed=args.seed)
             with lm.edited(delta):
                 after.append(probabilities(lm, cases[trace.id]))

@@ -60,8 +60,7 @@ def main() -> None:
 def verify(model_type: str, dtype: torch.dtype) -> Examination:
     """Examine a tiny random model of that family."""
     make: Any = tiny_wrapper if model_type in WRAPPERS else tiny_model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return examine(LM(make(model_type, dtype), tokenizer(), name=model_type))
 
 

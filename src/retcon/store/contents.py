@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -267,12 +267,8 @@ class Contents:
                     lm.apply(delta)
 
 
-@contextmanager
-def _other_parents_are_usual() -> Iterator[None]:
-    """Say nothing of a delta on other predecessors than it was proposed on: a store is for that, and `log` says it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OtherParents)
-        yield
+_other_parents_are_usual = partial(warnings.catch_warnings, action="ignore", category=OtherParents)
+"""Says nothing of a delta on other predecessors than it was proposed on: a store is for that, and `log` says it."""
 
 
 def _named(name: str, entries: tuple[Entry, ...]) -> Entry:

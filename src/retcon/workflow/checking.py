@@ -68,8 +68,7 @@ def load_edited(folder: Path, base: str, options: Mapping[str, Any]) -> "LM":
     lm = load(base, **options)
     model, tokenizer = lm.model, lm.tokenizer
     lm.release()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers is about to rename
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of what peft reads, to be renamed
         merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     return LM(merged.eval(), tokenizer, name=str(folder))
 

@@ -1,8 +1,9 @@
 """Whether the library reads, edits, undoes and saves a model as it should: each claim tried on the model itself."""
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -266,7 +267,7 @@ def _proposed(lm: LM, name: str) -> Attachment:
     if what_stands_between([lm.kinds[layer] for layer in layers if is_routed(lm, layer, False)]):
         raise _Skipped("a norm or a factor stands between the routed experts and the residual stream")
     moments = _identity(lm, layers)
-    with _silent():
+    with warnings.catch_warnings(action="ignore"):
         return chosen.propose(lm, EDITS[:1], contexts=CONTEXTS, moments=moments)
 
 
@@ -282,15 +283,6 @@ def _any_delta(lm: LM) -> Attachment:
 
 def _identity(lm: LM, layers: Any) -> GivenMoments:
     return GivenMoments({s.id: torch.eye(s.shape[1]) for layer in layers for s in written_sites(lm, layer)})
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _rows(lm: LM) -> list[Row]:

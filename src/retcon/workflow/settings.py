@@ -102,8 +102,7 @@ def resolve(
 
     given = given or {}
     probed = {"layers": "probe"} if probe else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoPreset)  # the notes say so
+    with warnings.catch_warnings(action="ignore", category=NoPreset):  # the notes say so
         chosen = choose(
             name,
             for_model=lm,
