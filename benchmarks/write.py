@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common import command_line, machine, print_row, timed
 from retcon.memory.moments import pack_triangle, unpack_triangle
-from retcon.memory.solve import cholesky, ridge_direct, ridge_small
+from retcon.memory.solve import cholesky, equality, ridge_direct
 
 WEIGHT = 15_000.0
 
@@ -53,13 +53,10 @@ def main() -> None:
         for n in args.n:
             k = torch.randn(args.d, n, dtype=torch.float64)
             wanted, direct = timed(partial(ridge_direct, k, lambda: c, WEIGHT))
-            _, fresh = timed(partial(ridge_small, k, lambda: c, WEIGHT))
-            found, disk = timed(
-                partial(
-                    ridge_small, k, lambda: c, WEIGHT, factor=lambda: unpack_triangle(load_file(file)["factor"], args.d)
-                )
-            )
-            _, memory = timed(partial(ridge_small, k, lambda: c, WEIGHT, factor=lambda: lower))
+            small = partial(equality, k, lambda: c, stabiliser=WEIGHT)
+            _, fresh = timed(small)
+            found, disk = timed(partial(small, factor=lambda: unpack_triangle(load_file(file)["factor"], args.d)))
+            _, memory = timed(partial(small, factor=lambda: lower))
             apart = float((found - wanted).abs().max() / wanted.abs().max())
             cells = [f"{seconds:.2f}" for seconds in (direct, fresh, disk, memory)]
             print_row(f"{n:,}", *cells, f"{direct / disk:.1f}x", f"{apart:.0e}")

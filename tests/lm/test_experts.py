@@ -97,6 +97,14 @@ def test_the_joint_solve_is_the_stacked_one(randn: Callable[..., Tensor]) -> Non
     assert not found[1].any()
 
 
+def test_one_key_twice_stores_the_mean_of_both_in_experts_too(randn: Callable[..., Tensor]) -> None:
+    keys, r = randn(3, 8, 4), randn(4, 5)
+    factors = [lambda x=x: torch.linalg.cholesky(x @ x.T) for x in randn(3, 8, 24)]
+    found = ridge_of_experts(torch.cat([keys[:, :, :1], keys], 2), factors, 0.0)
+    mean = torch.cat([r[:, :2].mean(1, keepdim=True), r[:, 2:]], 1)
+    assert_close(r @ found, mean @ ridge_of_experts(keys, factors, 0.0))
+
+
 @pytest.mark.parametrize("family", WRITTEN)
 def test_a_free_write_brings_the_blocks_output_to_its_target(
     family: str, tiny: Callable[..., LM], untouched: Callable[[LM], Any]

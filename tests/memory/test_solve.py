@@ -9,10 +9,10 @@ from retcon.memory import solve as module
 from retcon.memory.solve import (
     cholesky,
     definite,
+    equality,
     refined_solve,
     ridge,
     ridge_direct,
-    ridge_small,
     spd_solve,
 )
 
@@ -36,14 +36,14 @@ def test_ridge_minimises_its_objective(problem, randn):
 
 def test_small_form_equals_direct_form(problem):
     k, _, c = problem
-    assert_close(ridge_small(k, lambda: c, 0.7), ridge_direct(k, lambda: c, 0.7))
+    assert_close(equality(k, lambda: c, stabiliser=0.7), ridge_direct(k, lambda: c, 0.7))
     few = k[:, :2]
-    assert torch.equal(ridge(few, lambda: c, 0.7), ridge_small(few, lambda: c, 0.7))  # n < m / 4
+    assert torch.equal(ridge(few, lambda: c, 0.7), equality(few, lambda: c, stabiliser=0.7))  # n < m / 4
 
 
 def test_no_weight_on_old_keys_stores_the_new_ones_exactly(problem):
     k, r, c = problem
-    assert_close(r @ ridge_small(k, lambda: c, 0.0) @ k, r)
+    assert_close(r @ equality(k, lambda: c) @ k, r)
     assert_close(r @ ridge_direct(k, lambda: c, 1e-9) @ k, r, rtol=1e-6, atol=1e-6)
 
 
@@ -75,6 +75,16 @@ def test_without_weight_one_key_twice_stores_the_mean_of_both(problem, randn):
     r = torch.cat([randn(4, 1), r], dim=1)
     found = r @ ridge(torch.cat([k[:, :1], k], dim=1), lambda: c, 0.0)
     assert_close(found, torch.cat([r[:, :2].mean(1, keepdim=True), r[:, 2:]], dim=1) @ ridge(k, lambda: c, 0.0))
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 14])
+def test_it_does_so_however_few_keys_there_are(n, randn):
+    x, k, r = randn(64, 200), randn(64, n), randn(4, n + 1)
+    c = x @ x.T / 200
+    mean = torch.cat([r[:, :2].mean(1, keepdim=True), r[:, 2:]], dim=1)
+    for factor in (None, lambda: torch.linalg.cholesky(c)):
+        found = ridge(torch.cat([k[:, :1], k], dim=1), lambda: c, 0.0, factor=factor)
+        assert_close(r @ found, mean @ ridge(k, lambda: c, 0.0))
 
 
 def test_more_keys_than_dimensions_are_fitted_as_well_as_they_can_be(problem, randn):
@@ -233,7 +243,8 @@ def test_a_moment_that_rounding_left_indefinite_gets_jitter_and_all_forms_see_th
     assert_close(lower @ lower.T, made)
     assert definite(made) is made
     k = randn(12, 2)
-    small, direct = ridge_small(k, lambda: made, 0.7, factor=lambda: lower), ridge_direct(k, lambda: made, 0.7)
+    small = equality(k, lambda: made, stabiliser=0.7, factor=lambda: lower)
+    direct = ridge_direct(k, lambda: made, 0.7)
     assert_close(small, direct, rtol=1e-6, atol=1e-8)
     with pytest.raises(NonFinite, match="far from positive definite"):
         cholesky(-torch.eye(3))

@@ -38,10 +38,11 @@ def ridge(
 ) -> Float[Tensor, "n m"]:
     """X^T = K^T (lambda C + K K^T)^-1: R X^T minimises ||dW K - R||^2 + lambda tr(dW C dW^T).
 
-    The small-n form is used where n < m / 4, and up to n = m where lambda C is negligible beside K K^T: their sum is
-    then singular in float64, and `equality` has the limit, the least tr(dW C dW^T) that stores the keys. Where C is so
-    nearly singular that they are not stored by it, the direct form stores them. More keys than that leave C no say
-    there: what fits them best is written. The result is on K's device, whatever device does the work.
+    By `equality`, an (n x n) system beside the factor of C (Woodbury), where n < m / 4, and up to n = m where lambda C
+    is negligible beside K K^T: their sum is then singular in float64, and `equality` has the limit, the least
+    tr(dW C dW^T) that stores the keys. Where C is so nearly singular that they are not stored by it, the direct form
+    stores them. More keys than that leave C no say there: what fits them best is written. The result is on K's device,
+    whatever device does the work.
 
     Args:
         moment: returns C, float32 or float64.
@@ -50,7 +51,7 @@ def ridge(
     """
     m, n = k.shape
     if 4 * n < m:
-        return ridge_small(k, moment, weight, factor=factor, device=device)
+        return equality(k, moment, stabiliser=weight, factor=factor, device=device)
     if n <= m and weight * float(moment().diagonal().sum()) <= NEGLIGIBLE * float(k.square().sum()):
         with suppress(NonFinite):
             right = equality(k, moment, stabiliser=weight, factor=factor, device=device)
@@ -71,30 +72,13 @@ def ridge_direct(
     return solve_on(device, build, k).T
 
 
-def ridge_small(
-    k: Float[Tensor, "m n"],
-    moment: Build,
-    weight: float,
-    *,
-    factor: Build | None = None,
-    device: torch.device = CPU,
-) -> Float[Tensor, "n m"]:
-    """Solve `ridge` by an (n x n) system and C's factor: Y = C^-1 K, X^T = (lambda I + K^T Y)^-1 Y^T (Woodbury)."""
-    there = k.to(float64_device(device, len(k)))
-    y = whitened(there, moment, factor=factor, device=device)
-    inner = there.T @ y
-    inner = (inner + inner.T) / 2
-    inner.diagonal().add_(weight)
-    return spd_solve(inner.clone, y.T).to(k.device)
-
-
 def ridge_of_experts(
     keys: Float[Tensor, "n_experts m n"], factors: Sequence[Build], weight: float, device: torch.device = CPU
 ) -> Float[Tensor, "n_experts n m"]:
     """X_e^T of one joint solve over routed experts, dW_e = R X_e^T.
 
-    `ridge_small` for the stacked keys Phi = [Phi_1; ...; Phi_E], Phi_e = g_e k_e, with the block-diagonal second moment
-    of the C_e, which is never built. Y_e = C_e^-1 Phi_e, X_e^T = (weight I + sum_e Phi_e^T Y_e)^-1 Y_e^T. An expert
+    `ridge` for the stacked keys Phi = [Phi_1; ...; Phi_E], Phi_e = g_e k_e, with the block-diagonal second moment of
+    the C_e, which is never built. Y_e = C_e^-1 Phi_e, X_e^T = (weight I + sum_e Phi_e^T Y_e)^-1 Y_e^T. An expert
     without a key is left alone, and its factor is not asked for.
 
     Args:
@@ -110,9 +94,7 @@ def ridge_of_experts(
             there = phi.to(where)
             y[e] = torch.cholesky_solve(there, factors[e]().to(where))
             inner += there.T @ y[e]
-    inner = (inner + inner.T) / 2
-    inner.diagonal().add_(weight)
-    right = spd_solve(inner.clone, y.transpose(1, 2).transpose(0, 1).flatten(1))
+    right = _of_keys(inner, weight, y.transpose(1, 2).transpose(0, 1).flatten(1))
     return right.view(keys.shape[2], len(keys), keys.shape[1]).transpose(0, 1).to(keys.device)
 
 
@@ -295,14 +277,17 @@ def equality(
         x = solve_on(device, build, there)
     else:
         x = whitened(there, moment, factor=factor, device=device) / weight
-    d = there.T @ x
-    d = (d + d.T) / 2
-    d.diagonal().add_(stabiliser)
+    return _of_keys(there.T @ x, stabiliser, x.T).to(k.device)
+
+
+def _of_keys(d: Float[Tensor, "n n"], weight: float, b: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    """(D + weight I)^-1 B for D = K^T C^-1 K; by the pseudo-inverse where keys are linearly dependent."""
+    d = _plus_identity(d, weight)
     lower, failed = torch.linalg.cholesky_ex(d)
     pivots = lower.diagonal()
     if not int(failed) and bool(pivots.min() > 1e-7 * pivots.max()):
-        return torch.cholesky_solve(x.T, lower).to(k.device)
-    return (torch.linalg.pinv(d, hermitian=True) @ x.T).to(k.device)
+        return torch.cholesky_solve(b, lower)
+    return torch.linalg.pinv(d, hermitian=True) @ b
 
 
 @dataclass(frozen=True)
