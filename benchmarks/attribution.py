@@ -78,13 +78,9 @@ def batched(lm: LM, facts: Sequence[Edit], sites: Sequence[Site], how: Attributi
                     kept[:] = [args[0], scaled]
                     return scaled + bias
 
-                handle = site.module.register_forward_hook(scale)
-                try:
-                    with torch.enable_grad():
-                        objective = f(lm, [row] * how.n_points)
-                    (g,) = torch.autograd.grad(objective, [kept[1]])
-                finally:
-                    handle.remove()
+                with site.module.register_forward_hook(scale), torch.enable_grad():
+                    objective = f(lm, [row] * how.n_points)
+                (g,) = torch.autograd.grad(objective, [kept[1]])
                 gradients = torch.einsum("mto,mti->moi", g, kept[0])  # one whole weight gradient per point
                 score += (gradients.mean(0) * site.weight).sum(1) / len(facts)
     return scores

@@ -170,8 +170,7 @@ def _routes(lm: LM, batch: Batch, layers: Sequence[int]) -> dict[int, Int[Tensor
 
     with ExitStack() as hooks, lm.frozen_eval(), torch.inference_mode():
         for layer in layers:
-            handle = lm.experts(layer).register_forward_pre_hook(keep(layer), with_kwargs=True)
-            hooks.callback(handle.remove)
+            hooks.enter_context(lm.experts(layer).register_forward_pre_hook(keep(layer), with_kwargs=True))
         run(lm, batch, {Point(lm.n_layers - 1, "block"): lambda value: None})
     return found
 

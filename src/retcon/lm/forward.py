@@ -96,12 +96,8 @@ def logits_at(
     The vocabulary projection is computed there and nowhere else. They are on `lm.device`, wherever the head is.
     """
     waiting = set(hooks or {})
-    gather = _gather_hook(*places)
-    handle = lm.head.register_forward_pre_hook(gather)
-    try:
+    with lm.head.register_forward_pre_hook(_gather_hook(*places)):
         output = _forward(lm, inputs, hooks or {}, waiting.discard)
-    finally:
-        handle.remove()
     if waiting:
         raise AssertionError(f"the forward pass never reached {sorted(waiting)}")
     logits: Tensor = output.logits[0]
@@ -126,7 +122,7 @@ def _forward(lm: LM, inputs: Batch | Inputs, hooks: Mapping[Point, Hook], seen: 
         if not inputs.planned:
             stack.enter_context(unplanned_attention())
         for point in hooks:
-            stack.callback(_hook(lm, point, call).remove)
+            stack.enter_context(_hook(lm, point, call))
         return lm.model(**inputs.arguments)
 
 

@@ -627,12 +627,9 @@ class LM:
     def block_outputs(self) -> int | None:
         """How many things a block returns in a tuple; None: it returns a tensor. Seen in a pass over one token."""
         seen: list[Any] = []
-        handle = self.block(0).register_forward_hook(lambda _, __, output: seen.append(output))
-        try:
-            with self.frozen_eval(), torch.no_grad():
-                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
-        finally:
-            handle.remove()
+        hook = self.block(0).register_forward_hook(lambda _, __, output: seen.append(output))
+        with hook, self.frozen_eval(), torch.no_grad():
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
         return len(seen[0]) if isinstance(seen[0], tuple) else None
 
     def encode(self, prompt: str, target: str | None = None, **options: Any) -> Row:

@@ -1,10 +1,10 @@
 """The bottom of the residual stream: reading what enters the first block, and changing what the embedding puts out."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from retcon.lm.forward import Point
 from retcon.lm.model import LM
@@ -13,26 +13,16 @@ EMBEDDING = Point(-1, "block")
 """What enters the first block: token embeddings, position embeddings added where the model has them."""
 
 
-@contextmanager
-def reading_first_input(lm: LM, read: Callable[[Tensor], None]) -> Iterator[None]:
+def reading_first_input(lm: LM, read: Callable[[Tensor], None]) -> RemovableHandle:
     """Hand what enters the first block, (batch, seq, d_model), to `read` while the scope lasts."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read(args[0] if args else kwargs["hidden_states"])
 
-    handle = lm.block(0).register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return lm.block(0).register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@contextmanager
-def changing_embeddings(lm: LM, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def changing_embeddings(lm: LM, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """Put `change` of the token embeddings, (batch, seq, width), in their place while the scope lasts."""
     embedding = lm.model.get_submodule(lm.layout.embedding)
-    handle = embedding.register_forward_hook(lambda _, __, output: change(output))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return embedding.register_forward_hook(lambda _, __, output: change(output))

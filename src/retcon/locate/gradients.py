@@ -94,7 +94,7 @@ def catch(
     with ExitStack() as stack, torch.enable_grad():
         for site in sites:
             if site.expert is None:  # before the hooks of attachments: W x is what the module itself puts out
-                stack.callback(site.module.register_forward_hook(hook(site), prepend=True).remove)
+                stack.enter_context(site.module.register_forward_hook(hook(site), prepend=True))
             else:
                 stack.enter_context(changed(site.module, [expert_change(site, site.expert)]))
         objective = forward()

@@ -53,12 +53,8 @@ def _bare(lm: LM) -> bool:
         return False
     if lm not in _BARE:
         heads: list[Tensor] = []
-        handle = lm.head.register_forward_hook(lambda _, __, output: heads.append(output[0]))
-        try:
-            with torch.no_grad():
-                own = logits_at(lm, pad([encode(lm.tokenizer, "The")], lm.device), (torch.tensor([0]),) * 2)
-        finally:
-            handle.remove()
+        with lm.head.register_forward_hook(lambda _, __, output: heads.append(output[0])), torch.no_grad():
+            own = logits_at(lm, pad([encode(lm.tokenizer, "The")], lm.device), (torch.tensor([0]),) * 2)
         _BARE[lm] = torch.equal(heads[0].to(own), own)
     return _BARE[lm]
 

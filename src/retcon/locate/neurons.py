@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from retcon.arguments import check_choice, list_of_some
 from retcon.errors import InvalidSetting, NonFinite
@@ -124,8 +125,9 @@ def _module(lm: LM, layer: int, neuron: Neuron) -> tuple[nn.Module, Int[Tensor, 
     return site.module, site.outputs(torch.arange(site.shape[0], device=site.device))
 
 
-@contextmanager
-def _hooked(lm: LM, layer: int, n_rows: int, neuron: Neuron, call: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def _hooked(
+    lm: LM, layer: int, n_rows: int, neuron: Neuron, call: Callable[[Tensor], Tensor | None]
+) -> RemovableHandle:
     """Show `call` a layer's units (rows, seq, d_ff); it may return others in their place."""
     module, outputs = _module(lm, layer, neuron)
 
@@ -143,11 +145,7 @@ def _hooked(lm: LM, layer: int, n_rows: int, neuron: Neuron, call: Callable[[Ten
     def after(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return seen(output)
 
-    handle = module.register_forward_pre_hook(before) if outputs is None else module.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(before) if outputs is None else module.register_forward_hook(after)
 
 
 @contextmanager
@@ -165,14 +163,12 @@ def _reading(
         yield
 
 
-@contextmanager
 def _replaced(
     lm: LM, layer: int, n_rows: int, places: tuple[Tensor, Tensor], neuron: Neuron, values: Float[Tensor, "n d_ff"]
-) -> Iterator[None]:
+) -> RemovableHandle:
     """Put `values` (n, d_ff) in the place of a layer's units at (row, position)."""
 
     def replace(value: Tensor) -> Tensor:
         return value.index_put([p.to(value.device) for p in places], values.to(value.dtype))
 
-    with _hooked(lm, layer, n_rows, neuron, replace):
-        yield
+    return _hooked(lm, layer, n_rows, neuron, replace)

@@ -315,7 +315,7 @@ def attached(parts: Iterable[Part]) -> Iterator[None]:
     with ExitStack() as stack:
         for module, here in by_module.items():
             if _expert(here[0]) is None:
-                stack.callback(module.register_forward_hook(_adding(here)).remove)
+                stack.enter_context(module.register_forward_hook(_adding(here)))
             else:
                 stack.enter_context(changed(module, [_expert_change(part) for part in here]))
         yield

@@ -148,12 +148,8 @@ def _experts(lm: LM) -> tuple[Outcome, str]:
     def catch(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         caught.append(((*args, *kwargs.values()), out))
 
-    handle = module.register_forward_hook(catch, with_kwargs=True)
-    try:
-        with lm.frozen_eval(), torch.no_grad():
-            run(lm, pad(_rows(lm), lm.device), hooks | {Point(layer, "block"): lambda value: None})
-    finally:
-        handle.remove()
+    with module.register_forward_hook(catch, with_kwargs=True), lm.frozen_eval(), torch.no_grad():
+        run(lm, pad(_rows(lm), lm.device), hooks | {Point(layer, "block"): lambda value: None})
     (_, index, weights), out = caught[0]
     found = torch.zeros_like(out)
     for site in sites:

@@ -1,7 +1,6 @@
 """Recording what a replay starts from: each token is run once, and no further up than it is asked for."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,12 +162,11 @@ def _frozen(
     def read_output(_: nn.Module, __: Any, output: Any) -> None:
         entering.append(output[0] if isinstance(output, tuple) else output)
 
-    with ExitStack() as stack:
-        if first == 0:
-            hook = _reading_input(entering)
-            stack.callback(lm.block(0).register_forward_pre_hook(hook, with_kwargs=True).remove)
-        else:
-            stack.callback(lm.block(first - 1).register_forward_hook(read_output).remove)
+    if first == 0:
+        hook = lm.block(0).register_forward_pre_hook(_reading_input(entering), with_kwargs=True)
+    else:
+        hook = lm.block(first - 1).register_forward_hook(read_output)
+    with hook:
         for group in buckets(lengths, max_batch_tokens):
             begins = [past.ends[i] for i in group]
             suffixes = [texts[i][past.ends[i] :] for i in group]

@@ -75,8 +75,8 @@ def running_at(
 
     with ExitStack() as stack:
         for module in entries:
-            stack.callback(module.register_forward_pre_hook(narrow).remove)
-        stack.callback(end.register_forward_hook(widen).remove)
+            stack.enter_context(module.register_forward_pre_hook(narrow))
+        stack.enter_context(end.register_forward_hook(widen))
         yield
 
 
@@ -114,7 +114,7 @@ def _blocks_below_answer(lm: LM, state: Replayable) -> Iterator[None]:
             stack.enter_context(method_as(lm.block(layer), "forward", lambda *_, **__: answer))
         if state.first == 0:  # no block to answer: what enters the first one is exchanged
             hook = _exchanging_input(states)
-            stack.callback(lm.block(0).register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(lm.block(0).register_forward_pre_hook(hook, with_kwargs=True))
         yield
 
 

@@ -86,7 +86,7 @@ def run_clean_and_corrupted(lm: LM, edit: Edit, settings: Tracing, deviation: fl
         for layer, into in enumerate(projected if settings.replayed else []):
             for module in attention_projections(lm, layer):
                 hook = module.register_forward_hook(lambda _, __, output, into=into: into.append(output[1:].detach()))
-                stack.callback(hook.remove)
+                stack.enter_context(hook)
         logits = logits_at(lm, inputs, (rows, last), hooks)
     answer = int(logits[0].argmax())
     prob = refuse_non_finite(probability(logits, answer), edit)
