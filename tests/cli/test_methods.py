@@ -1,6 +1,9 @@
 """`retcon methods`."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -87,6 +90,16 @@ class Shift(Method):
     def propose(self, lm, edits, **given):
         raise NotImplementedError
 """
+
+
+def test_an_output_of_another_encoding_escapes_what_it_lacks(here: Path) -> None:
+    (here / "shift_of_tests.py").write_text('"""Shift: ✓ Übung 😀."""\n' + PLUGIN, "utf-8")
+    command = [sys.executable, "-m", "retcon", "methods", "shift_of_tests:Shift"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "cp1252"}
+    text = subprocess.run(command, capture_output=True, env=env, check=True).stdout.decode("cp1252")
+    assert "\\u2713 Übung \\U0001f600" in text
+    found = subprocess.run([*command, "--json"], capture_output=True, env=env, check=True).stdout.decode("cp1252")
+    assert json.loads(found)["methods"][0]["description"] == "✓ Übung 😀"
 
 
 def test_one_installed_method_hides_no_other(

@@ -4,6 +4,8 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted. Results go to stdout
 stderr. With `--json`, stdout holds exactly one JSON object, and nothing at all where the verb failed.
 """
 
+import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -117,4 +119,6 @@ app.add_typer(probe.app, name="probe")
 
 def main() -> None:
     """Run the command line; the entry point of `retcon` and of `python -m retcon`."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a pipe may be of an encoding that lacks a character
     app(prog_name="retcon")

@@ -68,7 +68,10 @@ def console(*, stderr: bool = False) -> Console:
 
 def emit(record: Mapping[str, Any]) -> None:
     """Print one JSON object; NaN and infinity, which JSON does not have, become null."""
-    typer.echo(json_text(json.dumps(finite(record), ensure_ascii=False, allow_nan=False)))
+    plain = (
+        not (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    )  # what it cannot spell is escaped as JSON is
+    typer.echo(json_text(json.dumps(finite(record), ensure_ascii=plain, allow_nan=False)))
 
 
 def finite(value: Any) -> Any:
