@@ -26,6 +26,8 @@ def named_object(name: str) -> Any:
         ImportError: there is none, or its module cannot be imported, whatever that ends in.
     """
     module, _, attribute = name.partition(":")
+    if not module or module.startswith("."):
+        raise ImportError(f"{module!r} is no module's name; write it as in an import, without a path")
     here = os.getcwd()
     added = here not in sys.path
     if added:

@@ -107,8 +107,14 @@ def test_a_module_that_cannot_be_imported_is_one_clear_error(
     monkeypatch.setattr("retcon.extensions.entry_points", lambda *, group: [point])
     with pytest.raises(MalformedFile, match=f"cannot find what reads an attachment of the kind 'wiki': .*{message}"):
         retcon.attachment.load("kind.safetensors")
-    with pytest.raises(InvalidSetting, match=r"cannot find the format './mine_of_tests:wiki'"):
+    with pytest.raises(InvalidSetting, match=r"'\./mine_of_tests' is no module's name"):
         retcon.read_cases("facts.json", "./mine_of_tests:wiki")
+
+
+@pytest.mark.parametrize("name", [None, 5, LM])
+def test_a_method_that_is_not_named_is_refused(name: Any) -> None:
+    with pytest.raises(UnknownMethod, match=r"a method is named by text, found .*; one of your own by 'module:Class'"):
+        retcon.method(name)
 
 
 def test_what_a_module_adds_to_the_path_stays_and_the_current_folder_goes(here: Path) -> None:

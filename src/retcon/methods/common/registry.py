@@ -87,6 +87,8 @@ def registered_classes() -> dict[str, type["Method"]]:
 
 def _place(name: str) -> str:
     """Return where the class of a method is, as "module:Class"."""
+    if not isinstance(name, str):
+        raise UnknownMethod(f"a method is named by text, found {name!r}; one of your own by 'module:Class'")
     table = {**installed(ENTRY_POINTS), **METHODS}
     if name not in table and ":" not in name:
         close = difflib.get_close_matches(name, table, n=1)
