@@ -33,7 +33,7 @@ from retcon.methods.common.hypernetwork import (
     outer_losses,
 )
 from retcon.methods.common.proposal import reported
-from retcon.methods.common.settings import Count, Matrices, NotNegative
+from retcon.methods.common.settings import Count, Matrices, NotNegative, Positive
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt
 from retcon.training.objective import trained_rows
 from retcon.training.parts import TrainedDense
@@ -59,7 +59,7 @@ class Malmen(HypernetworkSettings):
     """Adam's, for everything."""
     locality_weight: NotNegative = 1.0
     """Weight of the divergence on prompts that should stay."""
-    clip: NotNegative = 1.0
+    clip: Positive = 1.0
 
     def propose(
         self,

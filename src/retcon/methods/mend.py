@@ -32,7 +32,7 @@ from retcon.methods.common.hypernetwork import (
     with_a_piece,
 )
 from retcon.methods.common.proposal import reported
-from retcon.methods.common.settings import NotNegative
+from retcon.methods.common.settings import NotNegative, Positive
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
 from retcon.training.objective import trained_rows
 from retcon.training.parts import LowRankByRow, Part
@@ -59,7 +59,7 @@ class Mend(HypernetworkSettings):
     """Weight of the divergence on prompts that should stay; the paper's is 1."""
     locality_at: ComparedAt = "everywhere"
     """After which tokens of those prompts the model is compared with itself: all, or those that predict the answer."""
-    clip: NotNegative = 100.0
+    clip: Positive = 100.0
 
     def propose(
         self,
@@ -120,10 +120,8 @@ class Mend(HypernetworkSettings):
         """
         sites, network = self.new_editor(lm, out, seed)
         others = [p for p in network.parameters() if p is not network.step_sizes]
-        optimizers = [
-            torch.optim.Adam(others, lr=self.learning_rate),
-            torch.optim.Adam([network.step_sizes], lr=self.step_size_learning_rate),
-        ]
+        rates = ((others, self.learning_rate), ([network.step_sizes], self.step_size_learning_rate))
+        optimizers = [torch.optim.Adam(values, lr=rate) for values, rate in rates if values]  # without blocks eta alone
 
         def backward(drawn: Sequence[Drawn]) -> float:
             total = self.loss(lm, network, sites, drawn)

@@ -27,7 +27,7 @@ from retcon.lm.model import LM, Site, SiteName, require_lm
 from retcon.lm.prompts import Row, encode, ended, pad
 from retcon.locate.gradients import catch
 from retcon.methods.common.contract import Trainable, check_as_trained, check_depth, check_settings
-from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, NotNegative, checked_settings
+from retcon.methods.common.settings import AnyLayers, Count, CountFromZero, Matrices, Positive, checked_settings
 from retcon.methods.common.tuning import check_memory, sites_named
 from retcon.training.fitting import CurvePoint, Fit, FitSchedule
 from retcon.training.hypernetwork import Hypernetwork, ScaleAt, not_zero
@@ -76,7 +76,7 @@ class HypernetworkSettings(Trainable):
     """Training steps between two validations."""
     patience: Count = 2_000
     """Training steps without a better validation loss after which training ends."""
-    clip: NotNegative
+    clip: Positive
     """Largest norm of a gradient."""
     anneal: bool = False
     """Let learning rates fall linearly to nothing over the steps."""
