@@ -37,6 +37,19 @@ def test_statistics_are_frozen_in_eval_mode_and_finite_after_one_row(randn):
     assert all(torch.equal(tensor, kept[name]) for name, tensor in normaliser.state_dict().items())
 
 
+def test_what_never_varied_in_training_is_not_blown_up_where_it_does(randn):
+    """A ReLU's unit that never fired was divided by 1e-7 where it did."""
+    rows = randn(20, 6)
+    rows[:, 2] = 0
+    normaliser = Normaliser(6, 1e-7, DOUBLE).train()
+    normaliser.update(rows)
+    fired = rows[:1].clone()
+    fired[0, 2] = 3.0
+    normal = normaliser(fired)
+    assert_close(normal[0, 2], torch.tensor(3.0, dtype=DOUBLE))
+    assert_close(normal[0, 3:], ((fired - rows.mean(0)) / rows.std(0))[0, 3:])
+
+
 @pytest.mark.parametrize("scale_at", ["inside", "outside"])
 def test_untrained_it_returns_the_pieces_normalised_or_as_they_are(scale_at, randn):
     u, delta = randn(8, 5), randn(8, 3)

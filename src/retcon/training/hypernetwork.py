@@ -45,9 +45,12 @@ class Normaliser(nn.Module):
         self.count += n
 
     def deviation(self) -> Float[Tensor, " width"]:
-        """Return the unbiased standard deviation; 1 before two rows have been seen."""
-        n = float(self.count)
-        return torch.ones_like(self.mean) if n < 2 else (self.squares / (n - 1)).sqrt()
+        """Return the unbiased standard deviation; 1 before two rows have been seen, and of what never varied.
+
+        A ReLU's unit that was 0 in all of training may fire in an edit, which nearly nothing would then be divided by.
+        """
+        n = max(float(self.count), 2.0)
+        return (self.squares / (n - 1)).sqrt().masked_fill(self.squares == 0, 1.0)
 
     def forward(self, rows: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Return the rows with mean 0 and deviation 1."""
