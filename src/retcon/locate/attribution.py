@@ -259,11 +259,9 @@ def _after_block(lm: LM, copies: _Copies, sites: Sequence[Site], below: _Below, 
     less = copies.alpha.to(h[0])[:, None, None, None] - 1
     moved = (less * sum(h)).view(-1, *shape[1:]).requires_grad_()
 
-    def change(state: Tensor) -> Tensor:
-        return (state + moved).to(state.dtype)
-
+    moving: dict[Point, Hook] = {Point(layer, "block"): lambda state: (state + moved).to(state.dtype)}
     with torch.enable_grad():
-        log_p = _log_p(lm, copies, frozen, {Point(layer, "block"): change}, end_at_logits=True)
+        log_p = _log_p(lm, copies, frozen, moving, end_at_logits=True)
         (g,) = torch.autograd.grad(copies.objective(log_p, how.probability), [moved])
     g = g.view(len(copies.alpha), -1, shape[-1]).sum(0)  # x and h are the same for all copies
     for site, x, output in zip(sites, keys, h, strict=True):

@@ -1,9 +1,8 @@
 """The bottom of the residual stream: reading what enters the first block, and changing what the embedding puts out."""
 
 from collections.abc import Callable
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from retcon.lm.forward import Point
@@ -16,10 +15,9 @@ EMBEDDING = Point(-1, "block")
 def reading_first_input(lm: LM, read: Callable[[Tensor], None]) -> RemovableHandle:
     """Hand what enters the first block, (batch, seq, d_model), to `read` while the scope lasts."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read(args[0] if args else kwargs["hidden_states"])
-
-    return lm.block(0).register_forward_pre_hook(hook, with_kwargs=True)
+    return lm.block(0).register_forward_pre_hook(
+        lambda _, args, kwargs: read(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
 
 
 def changing_embeddings(lm: LM, change: Callable[[Tensor], Tensor]) -> RemovableHandle:

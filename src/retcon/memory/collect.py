@@ -7,6 +7,7 @@ Chunks are pieces of work for `lm.workers`. Their sums are added in the chunks' 
 how many workers there are.
 """
 
+import functools
 import hashlib
 import json
 import time
@@ -25,7 +26,7 @@ from retcon.checked import Kind, cached, keep
 from retcon.errors import InvalidSetting, NonFinite, OutOfMemory, RetconWarning
 from retcon.lm.batches import halved, is_out_of_memory, release_memory
 from retcon.lm.capacity import free_bytes, planned_bytes
-from retcon.lm.forward import Hook, Point, TensorName, run
+from retcon.lm.forward import Point, TensorName, run
 from retcon.lm.model import LM
 from retcon.lm.offload import put_away
 from retcon.lm.prompts import Row, pad
@@ -263,13 +264,7 @@ def _add_batch(lm: LM, found: dict[Point, "_Products"], rows: Sequence[Row]) -> 
     if any(len(r.ids) < longest for r in rows):
         index = torch.cat([torch.arange(len(r.ids)) + i * longest for i, r in enumerate(rows)]).to(lm.device)
 
-    def adder(products: "_Products") -> Hook:
-        def add(value: Tensor) -> None:
-            products.add(value.flatten(0, 1), index)
-
-        return add
-
-    run(lm, batch, {point: adder(products) for point, products in found.items()})
+    run(lm, batch, {point: functools.partial(products.add, index=index) for point, products in found.items()})
 
 
 def _edges(d: int) -> list[int]:
@@ -291,8 +286,9 @@ class _Products:
         self.d, self.routed, self.n_routed = d, routed, 0
         self.blocks: list[Tensor] = []
 
-    def add(self, keys: Float[Tensor, "n d_in"], index: Int[Tensor, " n_real"] | None) -> None:
+    def add(self, keys: Float[Tensor, "*rows d_in"], index: Int[Tensor, " n_real"] | None) -> None:
         """Add the products of these keys, or of those that `index` names."""
+        keys = keys.flatten(0, -2)
         if index is not None:
             keys = keys.index_select(0, index.to(keys.device))
         if self.routed:
