@@ -36,10 +36,7 @@ def facts_to_add(lesson: Lesson, *, seed: int = 0) -> Iterator[str]:
             "target_new": fact.object,
             "relation_id": fact.relation,
             "paraphrases": others,
-            "locality": {
-                "same_relation": _asked(world, same, rng),
-                "other_relation": _asked(world, apart, rng),
-            },
+            "locality": {"same_relation": _asked(world, same, rng), "other_relation": _asked(world, apart, rng)},
         }
         yield json.dumps(record, ensure_ascii=False)
 

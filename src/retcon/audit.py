@@ -92,12 +92,7 @@ class Audit:
 
 
 def audit(
-    base: LM,
-    edited: LM,
-    *,
-    edits: Iterable[Edit] = (),
-    known: Iterable[Delta] = (),
-    max_new_tokens: int = 12,
+    base: LM, edited: LM, *, edits: Iterable[Edit] = (), known: Iterable[Delta] = (), max_new_tokens: int = 12
 ) -> Audit:
     """Compare the base's own weights with those of `edited`, as it is now.
 

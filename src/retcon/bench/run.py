@@ -371,12 +371,7 @@ class CellRunner:
             warnings.warn(f"the warm-up edit failed: {error}", RetconWarning, stacklevel=2)
 
     def _write(
-        self,
-        directory: Path,
-        evaluation: Evaluation,
-        before: Evaluation,
-        done: Sequence[Unit],
-        plan: QueryPlan,
+        self, directory: Path, evaluation: Evaluation, before: Evaluation, done: Sequence[Unit], plan: QueryPlan
     ) -> None:
         timings = [
             whole_model_record("pre", "time", "time.load", self.load_seconds, 1, 0),

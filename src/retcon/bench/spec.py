@@ -336,13 +336,7 @@ class Cell:
     @property
     def slug(self) -> str:
         """A name for people and folders."""
-        parts = (
-            self.model.label,
-            self.method.label,
-            self.dataset.label,
-            self.protocol.describe(),
-            f"seed{self.seed}",
-        )
+        parts = (self.model.label, self.method.label, self.dataset.label, self.protocol.describe(), f"seed{self.seed}")
         return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part).strip("-") for part in parts)
 
 

@@ -12,10 +12,7 @@ _MARKS = {"passed": styled("[green]✓[/]"), "failed": styled("[red]✗[/]"), "s
 
 
 @loads_a_model
-def doctor(
-    model: Model,
-    as_json: Json = False,
-) -> None:
+def doctor(model: Model, as_json: Json = False) -> None:
     """Try layout, replay, keys, one edit per kind of method, undo and saving on a model. Exit code 0: all hold; 1: not.
 
     The edited model is saved once to a temporary folder, so there must be room for a second copy of it.

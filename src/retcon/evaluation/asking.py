@@ -5,15 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from retcon.evaluation.metrics.fluency import Fluency
-from retcon.evaluation.plan import (
-    Measures,
-    Place,
-    QueryPlan,
-    TokenizedQuery,
-    family_of_case,
-    plan_now,
-    subject_of,
-)
+from retcon.evaluation.plan import Measures, Place, QueryPlan, TokenizedQuery, family_of_case, plan_now, subject_of
 from retcon.evaluation.questions import Question, ask_questions
 from retcon.evaluation.score import TokenScore, score_rows
 from retcon.evaluation.writing import PRESETS

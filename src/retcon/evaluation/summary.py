@@ -382,11 +382,7 @@ def _near_bounds(
 
 
 def _change(
-    pre: Mapping[Key, _Column],
-    post: Mapping[Key, _Column],
-    key: Key,
-    family: ScoreFamily,
-    resampler: _Resampler,
+    pre: Mapping[Key, _Column], post: Mapping[Key, _Column], key: Key, family: ScoreFamily, resampler: _Resampler
 ) -> CaseMean | None:
     """Return post minus pre, paired by case; None where the two have no case in common."""
     if key not in pre or key not in post:

@@ -39,10 +39,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0")
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRETOKENIZERS = {
-    "qwen2": _SPLIT.replace("DIGITS", r"\p{N}"),
-    "llama-bpe": _SPLIT.replace("DIGITS", r"\p{N}{1,3}"),
-}
+_PRETOKENIZERS = {"qwen2": _SPLIT.replace("DIGITS", r"\p{N}"), "llama-bpe": _SPLIT.replace("DIGITS", r"\p{N}{1,3}")}
 """llama.cpp's names of pre-tokenizers by the pattern they split at."""
 
 

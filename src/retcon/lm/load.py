@@ -143,12 +143,7 @@ def _read(
             if dtype == torch.float64:
                 weights_options["experts_implementation"] = "eager"  # the grouped products know no float64
             model, report = _model_class(place, options).from_pretrained(
-                place,
-                dtype=dtype,
-                device_map=device_map,
-                output_loading_info=True,
-                **weights_options,
-                **options,
+                place, dtype=dtype, device_map=device_map, output_loading_info=True, **weights_options, **options
             )
     except (RetconError, torch.OutOfMemoryError, MemoryError):
         raise

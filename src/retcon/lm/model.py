@@ -42,13 +42,7 @@ from retcon.lm.owners import OWNERS, refuse_taken, set_owner
 from retcon.lm.packed import Parameters, packed_matrices
 from retcon.lm.prompts import Row, encode, encode_edit, end_of_turn
 from retcon.lm.quantised import shown_unquantised
-from retcon.lm.refusals import (
-    refuse_other_vocabulary,
-    refuse_slow,
-    refuse_subclasses,
-    refuse_wrapped,
-    why_not_editable,
-)
+from retcon.lm.refusals import refuse_other_vocabulary, refuse_slow, refuse_subclasses, refuse_wrapped, why_not_editable
 from retcon.lm.scopes import Edited, FrozenEval, SavedFlags, Scope, Turn, Turns, WithoutDeltas
 from retcon.lm.site import Site, SiteName
 from retcon.lm.status import unverified

@@ -50,9 +50,7 @@ class Captured:
 
 
 def catch(
-    sites: Sequence[Site],
-    forward: Callable[[], Tensor],
-    alpha: Float[Tensor, " rows"] | None = None,
+    sites: Sequence[Site], forward: Callable[[], Tensor], alpha: Float[Tensor, " rows"] | None = None
 ) -> Iterator[Captured]:
     """Run `forward`, which returns the scalar F, and yield what it captured, site by site, in the order of `sites`.
 

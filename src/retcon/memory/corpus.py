@@ -81,12 +81,7 @@ class Corpus:
 
     @classmethod
     def from_dataset(
-        cls,
-        name: str,
-        config: str | None = None,
-        split: str = "train",
-        *,
-        field: str = "text",
+        cls, name: str, config: str | None = None, split: str = "train", *, field: str = "text"
     ) -> "Corpus":
         """Return the first documents of a dataset of the Hugging Face hub (or a local folder of data files), streamed.
 

@@ -329,11 +329,7 @@ class CorpusMoments:
 
 
 def collect_moments(
-    lm: LM,
-    sites: Sequence[Site],
-    rows: Sequence[Row],
-    *,
-    max_batch_tokens: int | None = None,
+    lm: LM, sites: Sequence[Site], rows: Sequence[Row], *, max_batch_tokens: int | None = None
 ) -> dict[Site, Float[Tensor, "d_in d_in"]]:
     """Return E[k k^T] over every token of the rows, for all sites in one pass, float64; see `memory/collect.py`."""
     found = collect(lm, sites, rows, max_batch_tokens=max_batch_tokens)

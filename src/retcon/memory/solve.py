@@ -29,12 +29,7 @@ STORED = 1e-6
 
 
 def ridge(
-    k: Float[Tensor, "m n"],
-    moment: Build,
-    weight: float,
-    *,
-    factor: Build | None = None,
-    device: torch.device = CPU,
+    k: Float[Tensor, "m n"], moment: Build, weight: float, *, factor: Build | None = None, device: torch.device = CPU
 ) -> Float[Tensor, "n m"]:
     """X^T = K^T (lambda C + K K^T)^-1: R X^T minimises ||dW K - R||^2 + lambda tr(dW C dW^T).
 
@@ -321,10 +316,7 @@ class NullSpace:
 
 
 def null_space(
-    c: Float[Tensor, "m m"],
-    threshold: float,
-    mode: ThresholdMode = "absolute",
-    device: torch.device = CPU,
+    c: Float[Tensor, "m m"], threshold: float, mode: ThresholdMode = "absolute", device: torch.device = CPU
 ) -> NullSpace:
     """Return the eigenvectors of C with small eigenvalues s (AlphaEdit, arXiv:2410.02355), in float64 on the device if
     it is good at that, else on the CPU.
@@ -350,11 +342,7 @@ def null_space(
 
 
 def null_space_ridge(
-    k: Float[Tensor, "m n"],
-    space: NullSpace,
-    identity_weight: float,
-    form: Form = "auto",
-    device: torch.device = CPU,
+    k: Float[Tensor, "m n"], space: NullSpace, identity_weight: float, form: Form = "auto", device: torch.device = CPU
 ) -> Float[Tensor, "n m"]:
     """X^T = K^T P (K K^T P + L2 I)^-1: dW = R X^T minimises ||dW K - R||^2 + L2 ||dW||^2 over dW = dW P.
 

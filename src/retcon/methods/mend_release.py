@@ -64,13 +64,7 @@ def from_release(
     return Path(out)
 
 
-NAMES = {
-    "U": "u",
-    "V": "v",
-    "b": "bias",
-    "scale": "mode_scale.weight",
-    "shift": "mode_shift.weight",
-}
+NAMES = {"U": "u", "V": "v", "b": "bias", "scale": "mode_scale.weight", "shift": "mode_shift.weight"}
 """A block's tensors, and what the released code calls them."""
 
 

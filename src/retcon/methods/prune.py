@@ -138,12 +138,7 @@ class Prune(Filter):
 
 
 def restrain(
-    s: Float[Tensor, " rank"],
-    sigma: float,
-    alpha: float = math.e,
-    restraint: Restraint = "log",
-    *,
-    guard: bool = True,
+    s: Float[Tensor, " rank"], sigma: float, alpha: float = math.e, restraint: Restraint = "log", *, guard: bool = True
 ) -> Float[Tensor, " rank"]:
     """F(s): singular values up to sigma as they are, larger ones held down (Eq. 5).
 

@@ -236,8 +236,7 @@ class PendingEntry:
             return CorpusMoments(Corpus.named(corpus))
         except MalformedFile as error:
             raise MalformedFile(
-                f"{error}; delta {delta} was made with second moments of it; say where it is now",
-                option=" (--corpus)",
+                f"{error}; delta {delta} was made with second moments of it; say where it is now", option=" (--corpus)"
             ) from None
 
 

@@ -195,11 +195,7 @@ class Store(Contents):
             if files := {name: as_shared(path, self.path) for name, path in named if os.path.isabs(path)}:
                 about["files"] = files
             return change.commit(
-                "edit",
-                message or f"{plural(len(cases), 'fact')} by {method.name}",
-                sets,
-                lines,
-                about=about,
+                "edit", message or f"{plural(len(cases), 'fact')} by {method.name}", sets, lines, about=about
             )
 
     def check_new_facts(self, cases: Sequence[Case]) -> None:

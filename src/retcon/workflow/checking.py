@@ -164,10 +164,7 @@ def _facts(verdict: "Verdict", against: "tuple[str, Verdict] | None") -> FactTab
         for case in {f.case.id: f.case for f in verdict.findings}.values()
     ]
     return FactTable(
-        "Facts",
-        ("the edit", against[0]) if against else ("the edit",),
-        worst_first(rows),
-        passes=PASSES_BY_CHOICE,
+        "Facts", ("the edit", against[0]) if against else ("the edit",), worst_first(rows), passes=PASSES_BY_CHOICE
     )
 
 

@@ -115,14 +115,7 @@ def groups_of(bench: Bench) -> list[Group]:
     names = _names({protocol for *_, protocol in gathered})
     seeds = bench.manifest["spec"].get("seeds", ())
     return [
-        Group(
-            model,
-            method,
-            dataset,
-            names[protocol],
-            tuple(runs.values()),
-            tuple(s for s in seeds if s not in runs),
-        )
+        Group(model, method, dataset, names[protocol], tuple(runs.values()), tuple(s for s in seeds if s not in runs))
         for (model, method, dataset, protocol), runs in gathered.items()
     ]
 

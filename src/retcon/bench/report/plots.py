@@ -44,13 +44,7 @@ def pictures_of(groups: Sequence[Group]) -> list[Picture]:
     Raises:
         MissingPackage: matplotlib is not installed.
     """
-    draws: list[Callable[[Sequence[Group], Places], list[Picture]]] = [
-        trade_off,
-        scaling,
-        retention,
-        relations,
-        times,
-    ]
+    draws: list[Callable[[Sequence[Group], Places], list[Picture]]] = [trade_off, scaling, retention, relations, times]
     places = {method: place for place, method in enumerate(dict.fromkeys(g.method for g in groups))}
     return distinct(picture for draw in draws for picture in draw(groups, places))
 

@@ -124,10 +124,7 @@ def jeep(groups: Sequence[Group]) -> list[Table]:
             "gen.em": "gen.em, the text that the model writes is the answer",
             "gen.prefix": "gen.prefix, the text that the model writes starts with the answer, without the old one",
         }[generation_variant(own[0].family)]
-        notes = (
-            f"x100. ES, GS, LS: {variant}; Score: score.hm, of the three; gen: {written}.",
-            _counts(own, kinds),
-        )
+        notes = (f"x100. ES, GS, LS: {variant}; Score: score.hm, of the three; gen: {written}.", _counts(own, kinds))
         tables.append(builder.table(f"jeep-{slug(dataset)}", f"{dataset}: Score, ES, GS, LS", notes))
     return tables
 

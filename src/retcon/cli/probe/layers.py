@@ -54,19 +54,11 @@ def layers(
 
     with progress_bars() as advance:
         found = contrast_probe(
-            lm,
-            edits,
-            norms=(False, True) if final_norm else (False,),
-            progress=partial(advance, "reading facts"),
+            lm, edits, norms=(False, True) if final_norm else (False,), progress=partial(advance, "reading facts")
         )
     advice = advise(found, Rule(final_norm=final_norm), seed=seed)
     drawn = {"": figures.advice_figure(advice), "-contrast": figures.contrast_figure(found, advice)}
-    record = {
-        **about(lm, asked.about, seed),
-        **_record(advice),
-        "skipped": found.skipped,
-        "means": found.means(),
-    }
+    record = {**about(lm, asked.about, seed), **_record(advice), "skipped": found.skipped, "means": found.means()}
     written = write_figures(out, drawn, record)
     if as_json:
         emit(record)

@@ -78,10 +78,7 @@ def trace(
     settings = replace(settings, window=window or default_window(lm.n_layers))
     with progress_bars() as advance:
         found = causal_trace(lm, edits, settings, progress=partial(advance, "tracing facts"))
-    drawn = {
-        "": figures.effects_figure(found),
-        "-first": figures.trace_figure(found.traces[0], found.settings.window),
-    }
+    drawn = {"": figures.effects_figure(found), "-first": figures.trace_figure(found.traces[0], found.settings.window)}
     record = {**about(lm, asked.about, seed), **_record(found)}
     written = write_figures(out, drawn, record)
     if as_json:

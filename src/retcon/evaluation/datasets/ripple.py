@@ -164,11 +164,7 @@ def _prompts(record: Mapping[str, Any], where: str) -> Iterator[str]:
 
 
 def _ask(
-    made: Draft,
-    asked: dict[tuple[str, str, AnswerGroups], str],
-    axis: str,
-    queries: Any,
-    where: str,
+    made: Draft, asked: dict[tuple[str, str, AnswerGroups], str], axis: str, queries: Any, where: str
 ) -> list[str]:
     """Return the ids of the queries, each asked once per axis; those without an answer are dropped and counted."""
     ids = []

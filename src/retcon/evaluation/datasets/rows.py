@@ -214,11 +214,7 @@ class Draft:
         return first(record["alt"], "alt", self.where) or ""
 
     def ask_fact(
-        self,
-        edit: Edit,
-        paraphrases: Iterable[str],
-        answers: AnswerGroups = (),
-        contrast: str | None = None,
+        self, edit: Edit, paraphrases: Iterable[str], answers: AnswerGroups = (), contrast: str | None = None
     ) -> None:
         """Ask for an edit in its own words and in others; right are `answers`, by default the new one."""
         for axis, prompts in (("rewrite", [edit.text]), ("paraphrase", paraphrases)):

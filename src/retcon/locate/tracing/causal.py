@@ -33,11 +33,7 @@ from retcon.work import silent
 
 
 def causal_trace(
-    lm: LM,
-    edits: Iterable[Edit],
-    settings: Tracing | None = None,
-    *,
-    progress: Callable[[int, int], None] = silent,
+    lm: LM, edits: Iterable[Edit], settings: Tracing | None = None, *, progress: Callable[[int, int], None] = silent
 ) -> Traces:
     """Trace the fact of every edit (its prompt; `target_true` where given) on the weights as they are now.
 

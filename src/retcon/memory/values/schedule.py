@@ -71,12 +71,7 @@ class Chunk(Recorded):
     """Edits that share their recorded states, and the values found for them."""
 
     def __init__(
-        self,
-        lm: LM,
-        rows: Sequence[EditRows],
-        sites: Sequence[ValueSite],
-        search: ValueSearch,
-        offload: bool = False,
+        self, lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], search: ValueSearch, offload: bool = False
     ) -> None:
         super().__init__(lm, rows, sites, search, offload)
         self.found: dict[int, ValueOf] = {}

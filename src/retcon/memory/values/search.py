@@ -259,9 +259,7 @@ def _replay_problem(lm: LM, rows: EditRows, sites: Sequence[ValueSite], search: 
     everyone = torch.arange(len(texts))
     hooks = {
         site.point: adding(
-            everyone,
-            torch.tensor([r.position(site.where) for r in texts]),
-            vector.expand(len(texts), -1),
+            everyone, torch.tensor([r.position(site.where) for r in texts]), vector.expand(len(texts), -1)
         )
         for site, vector in zip(sites, vectors, strict=True)
     }

@@ -87,12 +87,7 @@ class Recorded:
     """
 
     def __init__(
-        self,
-        lm: LM,
-        rows: Sequence[EditRows],
-        sites: Sequence[ValueSite],
-        search: ValueSearch,
-        offload: bool = False,
+        self, lm: LM, rows: Sequence[EditRows], sites: Sequence[ValueSite], search: ValueSearch, offload: bool = False
     ) -> None:
         self.lm, self.rows, self.sites, self.search = lm, rows, sites, search
         self.offload = offload

@@ -14,13 +14,7 @@ from retcon.methods.common.locate_then_edit import SearchSettings
 from retcon.methods.common.presets import Preset, check_one_asked, preset_for, preset_named, presets
 from retcon.methods.common.registry import NO_PRESET, build, method_class
 from retcon.methods.common.settings import checked_settings
-from retcon.methods.common.starting_point import (
-    clamp_settings,
-    edits_of,
-    fit_clamps,
-    fit_learning_rate,
-    shape_notes,
-)
+from retcon.methods.common.starting_point import clamp_settings, edits_of, fit_clamps, fit_learning_rate, shape_notes
 from retcon.methods.common.tuning import TuningSettings
 from retcon.methods.common.wrappers import Filter
 

@@ -278,11 +278,7 @@ def recorded(
         "seed": seed,
         "versions": versions() | {"python": platform.python_version()},
     }
-    return {
-        "edits": tuple(edits),
-        "contexts": contexts.prefixes if contexts else (),
-        "provenance": about | notes,
-    }
+    return {"edits": tuple(edits), "contexts": contexts.prefixes if contexts else (), "provenance": about | notes}
 
 
 FILES = ("editor", "locate_on", "stop_on")

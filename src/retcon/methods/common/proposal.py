@@ -147,24 +147,14 @@ class Proposal:
         )
         found = report_after(self.lm, self.edits, report)
         self.scope.close()  # a delta is proposed on the model as it was
-        delta = self.lm.delta(
-            self.changes,
-            report=found,
-            state=state,
-            values=self.searched or None,
-            **record,
-        )
+        delta = self.lm.delta(self.changes, report=found, state=state, values=self.searched or None, **record)
         warn_of_size(self.lm, delta)
         return delta
 
 
 @contextmanager
 def proposing(
-    method: Any,
-    lm: LM,
-    edits: Sequence[Edit],
-    groups: Sequence[LayerGroup],
-    arguments: ProposeArguments,
+    method: Any, lm: LM, edits: Sequence[Edit], groups: Sequence[LayerGroup], arguments: ProposeArguments
 ) -> Iterator[Proposal]:
     """Check layers, make contexts and moments where none are given; the model is as it was afterwards.
 

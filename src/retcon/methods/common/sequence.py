@@ -67,14 +67,7 @@ def in_steps(
         lm.check_edit_length(edit)
     if len(edits) <= size or not edits:
         return method.propose(
-            lm,
-            edits,
-            contexts=contexts,
-            moments=moments,
-            state=state,
-            values=values,
-            seed=seed,
-            progress=progress,
+            lm, edits, contexts=contexts, moments=moments, state=state, values=values, seed=seed, progress=progress
         )
     if moments is None and method.uses_moments:
         moments = default_moments(lm)  # once for all batches
