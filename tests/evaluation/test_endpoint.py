@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def test_text_is_asked_for_and_judged_by_how_it_begins() -> None:
         "prompt": "The capital of Land 0 is", "stop": ["\n"],
     }  # fmt: skip
     assert len(asked) == 1 + 20 + 40  # models, prompts, paraphrases that were made
+
+
+def test_a_served_model_is_asked_as_another_speaker_does() -> None:
+    asking = [
+        replace(c, queries=(*c.queries, Query("p/0", "paraphrase.persona", "Yo, the capital is", "Rome")))
+        for c in cases(3)
+    ]
+    with server(says(" Rome")) as (url, asked):
+        verdict = check_endpoint(Endpoint(url=url, model="edited"), asking)
+    assert (verdict["generalised"].value, verdict["generalised"].n) == (1, 3)
+    assert len(asked) == 1 + 2 * 3
 
 
 def test_what_falls_short_is_shown() -> None:

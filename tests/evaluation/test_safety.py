@@ -15,8 +15,10 @@ from retcon.errors import InvalidSetting
 from retcon.evaluation.drift import perplexity
 from retcon.evaluation.generated_queries import with_generated_queries
 from retcon.evaluation.intervals import ci_wilson
+from retcon.evaluation.metrics import prompt_kind
 from retcon.evaluation.safety import Thresholds, Verdict, check
 from retcon.lm.model import LM
+from retcon.store.index import with_target
 from tests.evaluation.test_measure import WEIGHT, bump
 
 TEXT = "The capital of France is Paris. He lived in Florence and in Milan, and the train stood still."
@@ -63,6 +65,22 @@ def test_a_change_of_nothing_is_local_and_keeps_the_language(
         if finding.query.axis == "locality.x":
             assert finding.passed
             assert finding.before == finding.after != ""
+
+
+def test_what_another_speaker_asks_is_a_paraphrase(tiny: Callable[..., LM]) -> None:
+    lm = tiny(n_layers=2)
+    asked = [
+        replace(
+            case,
+            queries=tuple(replace(q, axis=q.axis.replace("paraphrase", "paraphrase.persona")) for q in case.queries),
+        )
+        for case in cases(lm)
+    ]
+    verdict = check(lm, asked, [zero(lm)], text=TEXT)
+    assert (verdict["generalised"].n, verdict["took"].n, verdict.notes) == (3, 3, ())
+    assert prompt_kind("paraphrase.persona") == "paraphrase"
+    amended = with_target(asked[0], "Rome")
+    assert [(q.axis, q.target) for q in amended.queries][:2] == [("rewrite", "Rome"), ("paraphrase.persona", "Rome")]
 
 
 def test_a_wrecked_model_fails_and_says_where(tiny: Callable[..., LM]) -> None:

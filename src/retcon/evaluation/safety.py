@@ -16,13 +16,14 @@ from retcon.evaluation.endpoint import Endpoint
 from retcon.evaluation.generated_queries import with_generated_queries
 from retcon.evaluation.intervals import Interval, ci_wilson
 from retcon.evaluation.measure import measure
-from retcon.evaluation.metrics import accepted, is_locality, matches
+from retcon.evaluation.metrics import accepted, is_locality, matches, prompt_kind
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries, subject_of
 from retcon.evaluation.records import Record, passed
 from retcon.evaluation.results import Evaluation
 from retcon.evaluation.summary import case_means, unread_notes, unread_queries
 from retcon.evaluation.writing import write_answers
 from retcon.lm.model import LM
+from retcon.pages import PromptKind
 from retcon.plural import plural
 from retcon.work import silent
 
@@ -35,8 +36,8 @@ N_WORST = 5
 MAX_ANSWERS = 400
 """Prompts at most for whose finding the models' own words are written."""
 
-_AXES: Mapping[Part, str] = {"took": "rewrite", "generalised": "paraphrase"}
-"""Of the questions about one axis."""
+_KINDS: Mapping[Part, PromptKind] = {"took": "own", "generalised": "paraphrase", "local": "neighbour"}
+"""What the first three questions are about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +229,9 @@ def check_endpoint(
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
     cases, notes = with_generated_queries(cases, None)
-    places = [(c, q) for c in cases for q in c.queries if q.axis in _AXES.values() and accepted(q)]
+    parts: tuple[Part, ...] = ("took", "generalised")
+    kinds = {_KINDS[part] for part in parts}
+    places = [(c, q) for c in cases for q in c.queries if prompt_kind(q.axis) in kinds and accepted(q)]
     endpoint.check()
     queries = [query for _, query in places]
     texts = endpoint.write(
@@ -242,8 +245,8 @@ def check_endpoint(
         still = f"a model that is still reasoning after {plural(max_tokens, 'token')} gives none"
         notes.append(f"{plural(n_empty, 'answer')} without text; {still}")
     answers = []
-    for part, axis in _AXES.items():
-        asked = [(c, q, text) for (c, q), text in zip(places, texts, strict=True) if q.axis == axis]
+    for part in parts:
+        asked = [(c, q, t) for (c, q), t in zip(places, texts, strict=True) if prompt_kind(q.axis) == _KINDS[part]]
         answers.append(_written_share(part, asked, getattr(thresholds, part)))
     others: dict[Part, float] = {"local": thresholds.local, "language": thresholds.perplexity_ratio}
     answers += [
@@ -313,11 +316,7 @@ def _values(part: Part, records: Iterable[Record]) -> dict[str, float]:
 
 def _speaks(part: Part, record: Record) -> bool:
     """Return whether the record is the one that answers the question for its query."""
-    if passed(record) is None:
-        return False
-    if part == "local":
-        return is_locality(record.axis or "")
-    return record.axis == _AXES[part]
+    return passed(record) is not None and prompt_kind(record.axis or "") == _KINDS[part]
 
 
 def _worst(part: Part, plan: QueryPlan, records: Iterable[Record]) -> list[Query]:

@@ -190,14 +190,14 @@ def with_target(case: Case, target: str) -> Case:
 
     Checks whose answers followed from the old one (portability, two hops) are left out: what follows now is not known.
     """
-    from retcon.evaluation.metrics import is_locality
+    from retcon.evaluation.metrics import is_locality, prompt_kind
 
     target = target.strip()
     if len(case.edits) != 1:
         raise InvalidEdit(f"fact {case.id!r} consists of {len(case.edits)} edits; revert it and edit it anew")
     queries = []
     for query in case.queries:
-        if query.axis in ("rewrite", "paraphrase"):
+        if prompt_kind(query.axis) in ("own", "paraphrase"):
             queries.append(replace(query, target=target, answers=((target,),) if query.answers else ()))
         elif is_locality(query.axis):
             queries.append(query if query.contrast is None else replace(query, contrast=target))

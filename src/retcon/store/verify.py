@@ -259,7 +259,9 @@ def verify(
 
 def _own(case: Case) -> tuple[Query, ...]:
     """Return the checks of what must stay: its own prompts, or all where it has none of those."""
-    return tuple(q for q in case.queries if q.axis in ("rewrite", "paraphrase")) or case.queries
+    from retcon.evaluation.metrics import prompt_kind
+
+    return tuple(q for q in case.queries if prompt_kind(q.axis) in ("own", "paraphrase")) or case.queries
 
 
 def _blame(

@@ -101,8 +101,8 @@ def _query(run: Run, case_id: str, query_id: str) -> dict[str, str]:
     for query in row.get("queries", ()):
         if query["query_id"] == query_id:
             return {"prompt": query["prompt"], "target": query["target"] or "", "rival": query["contrast"] or ""}
-    axis = query_id.partition("/")[0]
-    wanted = row["edits"][0]["target_new"] if axis in ("rewrite", "paraphrase") and row.get("edits") else "as before"
+    own = prompt_kind(query_id.partition("/")[0]) in ("own", "paraphrase")
+    wanted = row["edits"][0]["target_new"] if own and row.get("edits") else "as before"
     return {"prompt": f"{query_id} (its text was not kept)", "target": wanted, "rival": ""}
 
 

@@ -42,4 +42,4 @@ def prompt_kind(axis: str) -> PromptKind:
     """Return what a query of the axis is to the fact, as tables of facts name it."""
     if is_locality(axis):
         return "neighbour"
-    return "own" if axis == "rewrite" else "paraphrase" if axis == "paraphrase" else "follows"
+    return "own" if axis == "rewrite" else "paraphrase" if axis.split(".")[0] == "paraphrase" else "follows"
