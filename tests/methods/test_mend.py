@@ -286,6 +286,8 @@ def test_what_cannot_be_edited_with_is_said(tiny, edits, tmp_path):
         Mend(layers=(7,)).fit(lm, cases(edits), tmp_path / "f")
     with pytest.raises(InvalidSetting, match="rank must be at least 1"):
         Mend(rank=0)
+    with pytest.raises(InvalidSetting, match=r"but those of routed experts, .*; name others, o_proj for"):
+        Mend(**SMALL).fit(tiny("mixtral"), cases(edits), tmp_path / "f")
 
 
 def test_a_released_editor_is_read_by_name_with_its_sign(tiny, edits, tmp_path, randn):

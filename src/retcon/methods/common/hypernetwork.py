@@ -155,9 +155,11 @@ class HypernetworkSettings(Trainable):
             for site in sites_named(self.name, lm, [layer], [kind])
         ]
         if not found:
+            experts = any(lm.kinds[layer].experts for layer in layers)
             raise InvalidSetting(
                 f"{self.name}: {lm.name!r} ({lm.config.model_type}) has none of {', '.join(self.modules)} in layers "
                 f"{', '.join(map(str, layers))}"
+                f"{' but those of routed experts, which are not edited; name others, o_proj for instance' * experts}"
             )
         for site in found:
             lm.check_editable(site.name)
