@@ -400,8 +400,11 @@ def test_settings_are_checked(settings, text):
 def test_what_the_model_does_not_have(tiny, edits):
     with pytest.raises(InvalidSetting, match="has layers 0 to 3"):
         ft(layers=(4,)).propose(tiny("gpt2"), edits)
-    with pytest.raises(InvalidSetting, match="has no gate_proj"):
+    with pytest.raises(InvalidSetting, match="has no gate_proj in layer 1"):
         ft(modules=("gate_proj",)).propose(tiny("gpt2"), edits)
+    for modules in (("gate_proj",), ("down_proj", "gate_proj")):
+        with pytest.raises(InvalidSetting, match=r"full_c: .* has no gate_proj in its blocks"):
+            FullC(modules=modules).propose(tiny("gpt2"), edits)
 
 
 @pytest.mark.filterwarnings("ignore:no .* preset")

@@ -202,17 +202,20 @@ class FineTuning(TuningSettings):
     def trained(self, lm: LM) -> Iterator[int | Site]:
         """Yield what is trained: sites, and the numbers of blocks that are trained whole."""
         check_depth(self.name, lm, self.layers)
-        for layer in self.layers or range(lm.n_layers):
+        layers = self.layers or range(lm.n_layers)
+        for layer in layers:
             for kind in self.modules:
                 if kind == "block":
                     check_trains_whole(self.name, lm, layer)
                     yield layer
-                elif found := lm.sites(layer, kind):
-                    yield from found
-                elif self.layers:
+                    continue
+                found = lm.sites(layer, kind)
+                if not found and (self.layers or not any(lm.sites(other, kind) for other in layers)):
+                    where = f"layer {layer}" if self.layers else "its blocks"
                     raise InvalidSetting(
-                        f"{self.name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind} in layer {layer}"
+                        f"{self.name}: {lm.name!r} ({lm.model.config.model_type}) has no {kind} in {where}"
                     )
+                yield from found
 
     def n_trained(self, lm: LM) -> int:
         """Return how many values are trained."""
