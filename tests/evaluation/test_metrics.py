@@ -121,6 +121,11 @@ def test_the_match_ignores_case_articles_punctuation_and_spaces() -> None:
 def test_answers_of_nothing_but_articles_and_signs_keep_them() -> None:
     assert normalise("The The") == "the the"
     assert gen_em("the the", [["The The"]])
+    assert gen_em("The The.", [["The The"]])
+    assert gen_em(" A.", [["A"]])  # a blood group
+    assert not gen_em("A+", [["A"]])
+    assert normalise("+") == "+"
+    assert normalise("...") == "..."
     assert gen_em("C++", [["C"]])  # the price of dropping punctuation
     assert not gen_em("", [["A"]])
     assert not gen_em("", [[""]])

@@ -22,11 +22,12 @@ def normalise(text: str) -> str:
     """Return a text for comparing only: NFC, lower case, no punctuation, no articles (a, an, the), single spaces.
 
     Punctuation is of every script, and the signs of ASCII; other signs, such as the degree's, mean something. An em
-    dash is between words. Text that is nothing but articles and punctuation keeps them ("The The", "+").
+    dash is between words. Text that is nothing but articles and punctuation keeps them ("The The", "+", "A+"), but for
+    the marks of a sentence around it ("A.").
     """
     lowered = _lowered(text)
     bare = "".join(c for c in lowered.replace("\u2014", " ") if not _is_punctuation(c))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or lowered
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or lowered.strip(".,;:!?\"'") or lowered
 
 
 def _lowered(text: str) -> str:
