@@ -118,6 +118,16 @@ def test_the_match_ignores_case_articles_punctuation_and_spaces() -> None:
     assert normalise("Another theatre") == "another theatre"
 
 
+def test_an_a_that_ends_an_answer_is_no_article() -> None:
+    answers = [["Serie A"]]
+    for text in ("Serie B", "Serie", "He plays in Serie B."):
+        assert not any(test(text, answers) for test in (gen_em, gen_prefix, gen_contains))
+    assert gen_em("The Serie A.", answers)
+    assert gen_prefix("Serie A, the league of Italy", answers)
+    assert gen_contains("He plays in Serie A for Milan", answers)
+    assert gen_em("a cat", [["cat"]])
+
+
 def test_answers_of_nothing_but_articles_and_signs_keep_them() -> None:
     assert normalise("The The") == "the the"
     assert gen_em("the the", [["The The"]])

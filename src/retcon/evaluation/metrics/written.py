@@ -4,7 +4,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from retcon.arguments import check_choice
 from retcon.boundary import is_spaceless
@@ -18,7 +18,7 @@ Judge = Callable[[str, str, str], bool]
 """(question, gold answer, answer) -> right or not; the caller's own, the library calls nothing over a network."""
 
 
-def normalise(text: str) -> str:
+def normalise(text: str, articles: str = "a|an|the") -> str:
     """Return a text for comparing only: NFC, lower case, no punctuation, no articles (a, an, the), single spaces.
 
     Punctuation is of every script, and the signs of ASCII; other signs, such as the degree's, mean something. An em
@@ -27,7 +27,7 @@ def normalise(text: str) -> str:
     """
     lowered = _lowered(text)
     bare = "".join(c for c in lowered.replace("\u2014", " ") if not _is_punctuation(c))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split()) or lowered.strip(".,;:!?\"'") or lowered
+    return " ".join(re.sub(rf"\b({articles})\b", " ", bare).split()) or lowered.strip(".,;:!?\"'") or lowered
 
 
 def _lowered(text: str) -> str:
@@ -141,6 +141,11 @@ def accepted(query: Query) -> Answers:
 
 def _matches(text: str, answers: Answers, mode: str, test: Callable[[str, str], bool]) -> bool:
     check_choice(mode, AnswersMode, "mode of answers")
-    written = normalise(text)
-    found = [any(test(written, alias) for alias in map(normalise, aliases) if alias) for aliases in answers]
+    written = cache(partial(normalise, text))
+
+    def right(alias: str) -> bool:
+        articles = "an|the" if normalise(alias, "an|the").endswith(" a") else "a|an|the"  # of "Serie A", A is the name
+        return test(written(articles), normalise(alias, articles))
+
+    found = [any(right(alias) for alias in aliases if alias.strip()) for aliases in answers]
     return bool(found) and (all(found) if mode == "all" else any(found))
