@@ -129,12 +129,14 @@ def test_what_the_format_cannot_hold_is_refused_before_it_is_measured(
         assert message in cli("export", "gptj", str(path), *options, code=2).stderr
 
 
+def test_cases_are_asked_in_a_chat_where_that_is_said(cli: Callable[..., Any], delta: Path) -> None:
+    told = cli("export", "gptj", str(delta), "--out", "made", "--cases", "edits.jsonl", "--chat", code=2).stderr
+    assert "the tokenizer has no chat template" in told
+    assert not Path("made").exists()
+
+
 def test_an_option_without_what_it_is_about_is_refused(cli: Callable[..., Any], delta: Path) -> None:
     for options, needed in (
-        (("--cases-format", "nonsense"), "--cases"),
-        (("--limit", "3"), "--cases"),
-        (("--on-error", "skip"), "--cases"),
-        (("--case-target", "alt"), "--cases"),
         (("--public",), "--push"),
         (("--type", "q8_0"), "--format gguf"),
         (("--type", "q8_0", "--format", "gguf-lora"), "--format gguf"),
@@ -142,3 +144,6 @@ def test_an_option_without_what_it_is_about_is_refused(cli: Callable[..., Any], 
     ):
         told = cli("export", "nowhere", str(delta), "--out", "made", *options, code=2).stderr
         assert told == f"error: {options[0]} goes with {needed}; leave it out, or give that\n"
+    for options in (("--cases-format", "nonsense"), ("--limit", "3"), ("--on-error", "skip"), ("--chat",)):
+        told = cli("export", "nowhere", str(delta), "--out", "made", *options, code=2).stderr
+        assert "(--start, --chat, ...) goes with --cases; leave it out" in told

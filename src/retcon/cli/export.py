@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from retcon.cli.facts import CaseTarget, Conflicting, OnError
+from retcon.cli.facts import reads_facts
 from retcon.cli.models import delta_files, load_deltas, load_model, loads_as_stored
 from retcon.cli.options import AppliedDeltas, Json, Model, OtherBase
 from retcon.cli.printing import console, emit, plain_table, size, styled
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 @loads_as_stored
+@reads_facts("--cases", format_option="--cases-format")
 def export(
     model: Model,
     delta: AppliedDeltas,
@@ -62,16 +63,8 @@ def export(
             help="Cases to measure: their scores go on the card, and a smaller rank is measured beside the exact one.",
         ),
     ] = None,
-    file_format: Annotated[
-        str | None,
-        typer.Option(
-            "--cases-format", metavar="NAME", help="Format of the file of --cases.", show_default="found by its fields"
-        ),
-    ] = None,
-    on_error: OnError = "stop",
-    case_target: CaseTarget = "new",
-    conflicts: Conflicting = "drop",
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of --cases to read.", show_default="all")] = None,
+    *,
+    reading: Reading,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the export to this repository of the hub as well.")
     ] = None,
@@ -86,17 +79,14 @@ def export(
     bfloat16), or in --dtype. DIR appears complete or not at all.
     """
     for option, given, there, needed in (
-        ("--cases-format", file_format is not None, cases is not None, "--cases"),
-        ("--on-error", on_error != "stop", cases is not None, "--cases"),
-        ("--case-target", case_target != "new", cases is not None, "--cases"),
-        ("--conflicts", conflicts != "drop", cases is not None, "--cases"),
-        ("--limit", limit is not None, cases is not None, "--cases"),
         ("--public", public, push is not None, "--push"),
         ("--type", gguf_type != "f16", format_ == "gguf", "--format gguf"),
         ("--max-shard-size", max_shard_size != "5GB", format_ == "hf", "--format hf"),
     ):
         if given and not there:
             raise InvalidSetting(f"{option} goes with {needed}; leave it out, or give that")
+    if cases is None and reading != Reading(conflicts="drop"):
+        raise InvalidSetting("how facts are read (--start, --chat, ...) goes with --cases; leave it out, or give that")
 
     from retcon.delta import only_deltas
     from retcon.export import export as write
@@ -109,12 +99,7 @@ def export(
         check_repository(push)
     inputs = [Path(model), *delta_files(delta), *([cases] if cases else [])]
     check_place(out, Path(model) if Path(model).is_dir() else None, force, inputs)
-    asked: Sequence[Case] = ()
-    if cases is not None:
-        reading = Reading(
-            limit=limit, conflicts=conflicts, file_format=file_format, on_error=on_error, case_target=case_target
-        )
-        asked = read_facts(cases, reading).cases
+    asked: Sequence[Case] = read_facts(cases, reading).cases if cases is not None else ()
     deltas = load_deltas(delta)
     lm = load_model(model)
     for each in deltas:

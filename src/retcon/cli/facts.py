@@ -10,15 +10,17 @@ from retcon.cli.chat_options import chat_of
 from retcon.cli.options import AsChat, System, TemplateArgs, TrainEnd, add_options
 from retcon.workflow.facts import Conflicts, Reading
 
-FileFormat = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
+
+def _format(option: str) -> Any:
+    return typer.Option(
+        option,
         metavar="NAME",
         help="Format of the file of facts, or module:function that reads its rows.",
         show_default="found by its fields",
-    ),
-]
+    )
+
+
+FileFormat = Annotated[str | None, _format("--format")]
 OnError = Annotated[
     Literal["stop", "skip"],
     typer.Option("--on-error", help="When a row cannot be used: refuse the file, or leave the row out."),
@@ -36,7 +38,12 @@ CHAT = ("as_chat", "system", "template_args", "train_end")
 
 
 def reads_facts(
-    file: str, *, limit: int | None = None, trains: bool = False, conflicts: Conflicts = "drop"
+    file: str,
+    *,
+    limit: int | None = None,
+    trains: bool = False,
+    conflicts: Conflicts = "drop",
+    format_option: str = "--format",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb, in the place of its argument `reading`, the options that say how its file of facts is read.
 
@@ -45,11 +52,12 @@ def reads_facts(
         limit: rows to read where the user names no number; None: all.
         trains: whether it trains their answers, so that the end of a turn can be trained with them.
         conflicts: what happens to facts that contradict each other where the user does not say.
+        format_option: how the option of the file's format is called, where the verb has a `--format` of its own.
     """
     start = Annotated[int, typer.Option(min=0, help=f"Rows of {file} to pass over.")]
     rows = typer.Option(min=1, help=f"Rows of {file} to read.", show_default="all" if limit is None else True)
     options: dict[str, tuple[Any, Any]] = {
-        "file_format": (FileFormat, None),
+        "file_format": (Annotated[str | None, _format(format_option)], None),
         "on_error": (OnError, "stop"),
         "case_target": (CaseTarget, "new"),
         "conflicts": (Conflicting, conflicts),
