@@ -722,13 +722,15 @@ def test_the_alternative_answer_of_any_format_that_has_one(file: Callable[..., P
     }  # fmt: skip
     flat = {"prompt": "Norr is in", "subject": "Norr", "target_new": "Velt", "alt": "Gent", "ground_truth": "Sund"}
     plain = {"prompt": "{} is in", "subject": "Norr", "target_new": "Velt", "alt": "Gent"}
-    for row in (nested, flat, plain):
+    zsre = {"src": "Where is Norr?", "subject": "Norr", "answers": ["Velt"], "alt": "Gent"}
+    for row in (nested, flat, plain, zsre):
         (case,), report = read_cases(file([row]), case_target="alt")
         assert (case.edits[0].target_new, report.options["case_target"]) == ("Gent", "alt")
         assert case.queries[0].target == "Gent"
-    del plain["alt"]
-    with pytest.raises(UnusableRow, match="row 1: it has no alternative answer"):
-        read_cases(file([plain]), case_target="alt")
+    for row in (flat, plain, zsre):
+        del row["alt"]
+        with pytest.raises(UnusableRow, match="row 1: it has no alternative answer"):
+            read_cases(file([row]), case_target="alt")
     with pytest.raises(InvalidSetting, match="unke has no alternative answers; counterfact, zsre, edits"):
         read_cases(SHAPES["unke"], case_target="alt")
 

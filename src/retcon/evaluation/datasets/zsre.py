@@ -30,7 +30,7 @@ def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, st
     field = "answers" if "answers" in record or "ans" not in record else "ans"
     correct = [a for a in texts(present(record, field, where), field, where) if a.strip()]
     if target == "alt":
-        new = first(present(record, "alt", where), "alt", where) or ""
+        new = made.alternative(record)
         answers: AnswerGroups = ((new.strip(),),)
         if fold(new) in map(fold, correct):
             made.flags.add("noop_edit")
