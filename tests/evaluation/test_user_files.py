@@ -323,6 +323,30 @@ def test_several_prompts_of_a_field_have_an_answer_each_or_one_for_all(
         read(["Pia", "Sel", "Lea"])
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv"])
+def test_rows_of_several_sources_have_all_names_of_a_field(name: str, file: Callable[..., Path]) -> None:
+    """As pandas writes them: what another source calls it is null, or an empty cell."""
+    kept = {"portability": {"k": [{"prompt": "A", "ground_truth": None, "answer": "b"}]}}
+    bio = {"text": "This is Pia Lund. Pia Lund", "concept": "Pia Lund", "labels": "was a painter"}
+    asked_too = {"rephrase": "Norr is led by", "id": "n"}
+    zsre = {"src": "Who leads Norr?", "subject": "Norr", "answers": ["Ida"], "rephrase": "Norr is led by whom?"}
+    ultra = {"prompt": "Who leads Velt?", "ans": "Pia", "rephrase_prompt": "Velt is led by whom?"}
+    for sources, n_paraphrases, row_id in (([bio | kept, GOOD | kept | asked_too], 1, "n"), ([zsre, ultra], 2, "1")):
+        names = list(dict.fromkeys(n for row in sources for n in (*row, "rephrase_prompt", "case_id")))
+        rows = [{n: row.get(n) for n in names} for row in sources]
+        if name.endswith(".csv"):
+            cells = [[v if v is None or isinstance(v, str) else json.dumps(v) for v in row.values()] for row in rows]
+            path = file("", name)
+            with path.open("w", newline="") as table:
+                csv.writer(table).writerows([names, *cells])
+        else:
+            path = file(rows, name)
+        cases, report = read_cases(path)
+        assert not report.losses()
+        assert sum(q.axis == "paraphrase" for case in cases for q in case.queries) == n_paraphrases
+        assert cases[1].id == row_id
+
+
 def test_the_table_holds_every_format_once() -> None:
     assert {*FORMATS, "world"} == set(get_args(FormatName))
 

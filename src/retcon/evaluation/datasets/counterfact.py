@@ -35,7 +35,7 @@ def native(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) 
     wanted = ((edit.target_new,),)
     made.ask("attribute", texts(record.get("attribute_prompts"), "attribute_prompts", where), None, answers=wanted)
     made.ask("generation", texts(record.get("generation_prompts"), "generation_prompts", where), None)
-    ask_related(made, record.get("portability", rewrite.get("portability")), "portability", where)
+    ask_related(made, record.get("portability") or rewrite.get("portability"), "portability", where)
     return made
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from retcon.edits import MARKER
 from retcon.errors import MalformedFile
-from retcon.evaluation.datasets.fields import answers_of, first, objects, present, text_or_none, texts
+from retcon.evaluation.datasets.fields import answers_of, first, given, objects, present, text_or_none, texts
 from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import Answers, Draft, draft
 from retcon.files import require
@@ -20,10 +20,10 @@ from retcon.spelling import mentions
 def knowedit(record: Mapping[str, Any], where: str, row: int, answers: Answers) -> Draft:
     """Read one row of KnowEdit; WikiBio calls the prompt `text`, the target `labels`, the subject `concept`."""
     made = draft(record, where, row, "easyedit")
-    bio = "labels" in record
+    name = given(record, "target_new", "labels")
+    bio = name == "labels"
     prompt = require(record, "text" if bio else "prompt", str, where)
     subject = require(record, "concept" if bio else "subject", str, where)
-    name = "labels" if bio else "target_new"
     new = first(present(record, name, where), name, where) or ""
     old = answers_of(record.get("ground_truth"), "ground_truth", where)
     start = None
@@ -32,7 +32,7 @@ def knowedit(record: Mapping[str, Any], where: str, row: int, answers: Answers) 
         subject = prompt[start:end]
         made.flags |= {"subject_twice"} if len(found) > 1 else set()
     edit = made.edit(prompt, subject, new, old[0][0] if old else None, subject_start=start)
-    rephrase = "rephrase_prompt" if "rephrase_prompt" in record else "rephrase"
+    rephrase = given(record, "rephrase_prompt", "rephrase")
     made.ask_fact(edit, texts(record.get(rephrase), rephrase, where))
     ask_related(made, record.get("portability"), "portability", where, answers)
     ask_related(made, record.get("locality"), "locality", where, answers)

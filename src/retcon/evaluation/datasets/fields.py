@@ -14,6 +14,13 @@ def present(record: Mapping[str, Any], name: str, where: str) -> Any:
     return require(record, name, object, where)
 
 
+def given(record: Mapping[str, Any], *names: str) -> str:
+    """Return which of several names of one field a row goes by: the first that holds something, else the first that is
+    there, else the first. A table, and rows of several sources put together, have all of them."""
+    held = [name for name in names if record.get(name) is not None] or [name for name in names if name in record]
+    return (held or names)[0]
+
+
 def labelled(record: Mapping[str, Any], name: str, where: str) -> tuple[str, str | None]:
     """Return a target written as {"str": ..., "id": ...}, or plainly."""
     value = present(record, name, where)
@@ -86,14 +93,14 @@ def pairs(prompts: Any, answers: Any, name: str, where: str) -> list[tuple[str, 
     asked = texts(prompts, name, where)
     if len(asked) == 1:
         return [(asked[0], answers)]
-    given = answers if isinstance(answers, list) and answers else [answers]
-    if len(given) == 1:
-        given = given * len(asked)
-    if len(given) != len(asked):
+    each = answers if isinstance(answers, list) and answers else [answers]
+    if len(each) == 1:
+        each = each * len(asked)
+    if len(each) != len(asked):
         raise MalformedFile(
-            f"{where}, {name}: {len(asked)} prompts and {len(given)} answers; give one for each, or one for all"
+            f"{where}, {name}: {len(asked)} prompts and {len(each)} answers; give one for each, or one for all"
         )
-    return list(zip(asked, given, strict=True))
+    return list(zip(asked, each, strict=True))
 
 
 _ANSWER_FIELDS = ("ground_truth", "answer", "answers")
@@ -102,6 +109,6 @@ _ANSWER_FIELDS = ("ground_truth", "answer", "answers")
 def asked_in(item: Mapping[str, Any], where: str) -> list[tuple[str, AnswerGroups]]:
     """Return the prompts of an item, a blank one where it has none, and the answers to each, whichever field they are
     in."""
-    name = next((n for n in _ANSWER_FIELDS if n in item), "ground_truth")
+    name = given(item, *_ANSWER_FIELDS)
     found = pairs(item.get("prompt"), item.get(name), "prompt", where)
-    return [(prompt, answers_of(given, name, where)) for prompt, given in found] or [("", ())]
+    return [(prompt, answers_of(answers, name, where)) for prompt, answers in found] or [("", ())]

@@ -16,7 +16,7 @@ from retcon.chat import Chat
 from retcon.edits import MARKER, Case, ConflictRule, Edit, Query, list_of_cases, resolve_conflicts, same_question
 from retcon.edits import conflicts as contradictions
 from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, unusable_row
-from retcon.evaluation.datasets.fields import AnswerGroups, first
+from retcon.evaluation.datasets.fields import AnswerGroups, first, given
 from retcon.evaluation.datasets.report import LeftOut, LoadReport
 from retcon.evaluation.metrics import is_locality
 from retcon.files import NumberedRow, sha256_of
@@ -269,7 +269,7 @@ class Draft:
 
 
 def _own_id(record: Mapping[str, Any]) -> Any:
-    return record.get("case_id", record.get("id"))
+    return record.get(given(record, "case_id", "id"))
 
 
 def draft(record: Mapping[str, Any], where: str, row: int, family: Family | None = None) -> Draft:

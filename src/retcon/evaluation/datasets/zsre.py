@@ -6,7 +6,7 @@ There is no rival answer, so `target_true` is None throughout.
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from retcon.evaluation.datasets.fields import AnswerGroups, first, pairs, present, texts
+from retcon.evaluation.datasets.fields import AnswerGroups, first, given, pairs, present, texts
 from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import CaseTarget, Draft, draft
 from retcon.files import require
@@ -27,7 +27,7 @@ def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, st
     The answer to write is the first correct one (ROME, MEMIT, JEEP), or the wrong one in `alt` (EasyEdit).
     """
     made = draft(record, where, row, "zsre")
-    field = "answers" if "answers" in record or "ans" not in record else "ans"
+    field = given(record, "answers", "ans")
     correct = [a for a in texts(present(record, field, where), field, where) if a.strip()]
     if target == "alt":
         new = made.alternative(record)
@@ -39,13 +39,13 @@ def zsre(record: Mapping[str, Any], where: str, row: int, target: CaseTarget, st
         answers = tuple((a.strip(),) for a in correct)
     if len(correct) > 1:
         made.flags.add("several_answers")
-    prompt = require(record, "prompt" if "prompt" in record and "src" not in record else "src", str, where)
-    named = "subject" in record or "ans" not in record
+    prompt = require(record, given(record, "src", "prompt"), str, where)
+    named = record.get("subject") is not None or record.get("ans") is None
     edit = made.edit(prompt, require(record, "subject", str, where) if named else None, new, None)
-    rephrase = "rephrase" if "rephrase" in record else "rephrase_prompt"
+    rephrase = given(record, "rephrase", "rephrase_prompt")
     made.ask_fact(edit, texts(record.get(rephrase), rephrase, where), answers)
-    for place, (loc, given) in enumerate(pairs(record.get("loc"), record.get("loc_ans"), "loc", where)):
-        kept = first(given, "loc_ans", where) or ""
+    for place, (loc, answer) in enumerate(pairs(record.get("loc"), record.get("loc_ans"), "loc", where)):
+        kept = first(answer, "loc_ans", where) or ""
         made.ask_at(f"locality.nq/{place}", "locality.nq", _locality_prompt(loc, style), kept, ((kept.strip(),),))
     ask_related(made, record.get("portability"), "portability", where)
     return made
