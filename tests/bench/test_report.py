@@ -475,6 +475,37 @@ def test_retention_follows_steps_checkpoints_and_the_end(tmp_path: Path) -> None
     assert "rome: ES 100.0 right after, 50.0 at the end" in picture.alt
 
 
+def test_pictures_count_every_case_once_as_the_tables_do(tmp_path: Path) -> None:
+    records = [
+        *told([0] * 4, [1] * 4, "pre"),
+        *[r for i in range(4) for r in told([1] * 4, [1] * 4, "immediate", step=i) if r.case_id == "abcd"[i]],
+        *told([1] * 4, [1, 1, 0, 0], "final", step=3),
+    ]
+    of_a = [r for r in records if r.metric == "LS" and r.case_id == "a"]
+    more = [r._replace(query_id=f"{r.query_id}.{i}", value=0.0) for r in of_a for i in range(1, 4)]
+    run = make_run(tmp_path, "rome", [*records, *more], kind="sequential")
+    (group,) = groups_of(Bench(tmp_path, {"spec": {"name": "s"}, **VERSIONS}, ENVIRONMENT, (run,), ()))
+    number = group.number("LS")
+    assert number is not None
+    assert number.value == (1 / 4 + 1 + 0 + 0) / 4
+    assert drawing._kept(group, "LS") == [(4, 100 * number.value)]
+    assert drawing._right_after(group, "LS") == [(1, 25), (2, 62.5), (3, 75), (4, 81.25)]
+    of_relation = {r: [c for c, own in run.relations.items() if own == r] for r in set(run.relations.values())}
+    values = {"a": 0.25, "b": 1, "c": 0, "d": 0}
+    expected = {r: 100 * sum(values[c] for c in cases) / len(cases) for r, cases in of_relation.items()}
+    assert drawing._by_relation(group, "LS") == expected
+
+
+def test_a_last_batch_that_is_not_full_ends_at_the_number_of_edits(tmp_path: Path) -> None:
+    steps = [told([1] * 4, [1] * 4, "immediate", step=i) for i in range(2)]
+    own = [r for i, part in enumerate(steps) for r in part if str(r.case_id) in ("abc", "d")[i]]
+    records = [*own, *told([1] * 4, [1] * 4, "final", step=1)]
+    run = make_run(tmp_path, "rome", records, kind="batch_sequential", batch=3)
+    (group,) = groups_of(Bench(tmp_path, {"spec": {"name": "s"}, **VERSIONS}, ENVIRONMENT, (run,), ()))
+    assert drawing._kept(group, "ES") == [(4, 100)]
+    assert drawing._right_after(group, "ES") == [(3, 100), (4, 100)]
+
+
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("names", [("中文", "日本"), ("A b", "a-b"), ("!", "?"), ("é", "e\u0301")])
 def test_files_of_a_report_never_replace_each_other(names: tuple[str, str], tmp_path: Path, plotting: None) -> None:

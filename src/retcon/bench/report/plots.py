@@ -1,7 +1,8 @@
 """Pictures of a benchmark, with matplotlib (the extra `plot`), as SVG texts."""
 
+import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from retcon.bench.report.groups import Group, Number, blocks, by_dataset, row_na
 from retcon.bench.report.names import distinct, slug
 from retcon.drawing import drawn, figure
 from retcon.evaluation.records import Record
-from retcon.evaluation.summary import main_variant
+from retcon.evaluation.summary import case_means, main_variant
 
 COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#b83280", "#6b46c1", "#975a16", "#319795", "#c53030", "#4a5568", "#d69e2e")
 """By method, in order; told apart by marker too."""
@@ -190,31 +191,40 @@ def _mine(group: Group, record: Record, metric: str) -> bool:
 def _kept(group: Group, metric: str) -> list[tuple[int, float]]:
     """Return (edits so far, value over all of them) at checkpoints and at the end, of the first run."""
     size = int(group.runs[0].context["edit_batch"])
-    values: dict[int, list[float]] = {}
+    records: dict[int, list[Record]] = {}
     for r in group.runs[0].records:
         if r.when in ("checkpoint", "final") and _mine(group, r, metric):
-            values.setdefault(min((r.step + 1) * size, group.n_cases), []).append(100 * float(r.value or 0.0))
-    return [(n, sum(v) / len(v)) for n, v in sorted(values.items())]
+            records.setdefault(min((r.step + 1) * size, group.n_cases), []).append(r)
+    return [(n, _mean(case_means(own).values())) for n, own in sorted(records.items())]
 
 
 def _right_after(group: Group, metric: str) -> list[tuple[int, float]]:
-    """Return (edits so far, mean right after the edit over the steps up to here)."""
+    """Return (edits so far, mean right after the edit over the steps up to here), of the first run."""
     size = int(group.runs[0].context["edit_batch"])
-    total, n, found = 0.0, 0, {}
+    records: dict[int, list[Record]] = {}
     for r in group.runs[0].records:
         if r.when == "immediate" and _mine(group, r, metric):
-            total, n = total + 100 * float(r.value or 0.0), n + 1
-            found[(r.step + 1) * size] = total / n
-    return sorted(found.items())
+            records.setdefault(r.step, []).append(r)
+    values: list[float] = []
+    found = []
+    for step, own in sorted(records.items()):
+        values += case_means(own).values()
+        found.append((min((step + 1) * size, group.n_cases), _mean(values)))
+    return found
 
 
 def _by_relation(group: Group, metric: str) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
     relations_of = group.runs[0].relations
-    for r in group.runs[0].records:
-        if r.when == "final" and r.case_id in relations_of and _mine(group, r, metric):
-            values.setdefault(relations_of[str(r.case_id)], []).append(100 * float(r.value or 0.0))
-    return {relation: sum(v) / len(v) for relation, v in values.items()}
+    values: dict[str, list[float]] = {}
+    for case_id, value in case_means(r for r in group.runs[0].at("final") if _mine(group, r, metric)).items():
+        if case_id in relations_of:
+            values.setdefault(relations_of[case_id], []).append(value)
+    return {relation: _mean(own) for relation, own in values.items()}
+
+
+def _mean(of_cases: Collection[float]) -> float:
+    """Return the mean, in percent, as tables have it: every case counts once, however many queries it has."""
+    return 100 * math.fsum(of_cases) / len(of_cases)
 
 
 def _last(points: Sequence[tuple[int, float]]) -> str:
