@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from retcon.methods.common.contract import Trainable, recorded
 from tests.cli.conftest import write_rows
 from tests.cli.test_tune import ROWS
 
@@ -40,6 +42,31 @@ def test_fit_then_edit(cli: Callable[..., Any], here: Path) -> None:
     record = json.loads(cli(*FIT, "--force", "--json").stdout)
     assert [point["step"] for point in record["curve"]] == [0, 2, 4]
     assert record["best"]["validation"] == min(point["validation"] for point in record["curve"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Trainable):
+    """As docs/guides/add-a-method.md has it; its file is its own."""
+
+    name: ClassVar[str] = "own"
+    editor: str | None = None
+
+    def propose(self, lm: Any, edits: Any, **given: Any) -> Any:
+        return lm.delta({}, **recorded(self, lm, edits, seed=given["seed"]))
+
+    def fit(self, lm: Any, cases: Any, out: Any, *, seed: int = 0, force: bool = False, progress: Any = None) -> Path:
+        Path(out).write_text(f"{len(cases)} cases")
+        return Path(out)
+
+    def n_fitted(self, lm: Any) -> int:
+        return 5
+
+
+def test_a_method_of_ones_own_is_trained_and_keeps_its_own_file(cli: Callable[..., Any], here: Path) -> None:
+    shown = cli("fit", "gptj", "facts.jsonl", "--method", f"{__name__}:Own", "--out", "own.editor").stdout
+    assert "trains 5 values" in shown
+    assert "editor kept in own.editor" in shown
+    assert (here / "own.editor").read_text() == f"{len(ROWS)} cases"
 
 
 @pytest.mark.parametrize("name", ["mend.png", "mend.v1"])

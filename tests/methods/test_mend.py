@@ -16,7 +16,7 @@ from retcon.errors import InvalidEdit, InvalidSetting, MalformedFile, WrongBase
 from retcon.lm.forward import answer_places, gold, log_probs
 from retcon.lm.model import LM
 from retcon.methods.common import hypernetwork
-from retcon.methods.common.hypernetwork import Drawn, base_log_probs, examples, outer_losses, pieces, read_curve
+from retcon.methods.common.hypernetwork import Drawn, base_log_probs, examples, outer_losses, pieces
 from retcon.methods.malmen import Malmen
 from retcon.methods.mend import Mend
 from retcon.methods.mend_release import from_release
@@ -202,7 +202,7 @@ def test_an_editor_is_of_the_unedited_model(tiny, edits, tmp_path):
 def test_without_blocks_the_step_sizes_alone_are_trained(method, tiny, edits, tmp_path):
     lm, out = tiny("llama", torch.float32), tmp_path / "editor"
     fitted = method(**SMALL | dict(n_blocks=0, steps=2, step_size=1e-3, batch_size=2))
-    assert [point.step for point in read_curve(fitted.fit(lm, cases(edits), out), method.name)] == [0, 2]
+    assert [point.step for point in fitted.curve(fitted.fit(lm, cases(edits), out))] == [0, 2]
     with pytest.raises(InvalidSetting, match=r"clip must be positive, found 0\.0"):  # it would let no gradient through
         method(clip=0.0)
 

@@ -68,16 +68,16 @@ def fit(
     with progress_bars() as advance:
         fitted = fit_editor(lm, resolved, facts.cases, out, seed=seed, force=force, progress=advance)
     pictures: list[Path] = []
-    if find_spec("matplotlib") is None:
-        warn(f"no picture of the losses: matplotlib is not installed ({how_to_install('plot')})")
-    else:
-        pictures = draw_curve(fitted, out.with_suffix("") if out.suffix == ".safetensors" else out)
-    first, last = fitted.curve[0], fitted.curve[-1]
-    show.print(
-        f"validation loss {first.validation:.4g} untrained, {fitted.best.validation:.4g} at step {fitted.best.step:,} "
-        f"of {last.step:,}; {seconds(fitted.seconds)}",
-        soft_wrap=True,
-    )
+    losses = ""
+    if fitted.curve:
+        first, best, last = fitted.curve[0], fitted.best, fitted.curve[-1]
+        losses = f"validation loss {first.validation:.4g} untrained, {best.validation:.4g} at step {best.step:,} "
+        losses += f"of {last.step:,}; "
+        if find_spec("matplotlib") is None:
+            warn(f"no picture of the losses: matplotlib is not installed ({how_to_install('plot')})")
+        else:
+            pictures = draw_curve(fitted, out.with_suffix("") if out.suffix == ".safetensors" else out)
+    show.print(f"{losses}{seconds(fitted.seconds)}", soft_wrap=True)
     show.print(styled("editor kept in [bold]{}[/], {}", out, size(out.stat().st_size)), soft_wrap=True)
     if as_json:
         emit(
@@ -87,7 +87,7 @@ def fit(
                 "settings": resolved.settings,
                 "editor": str(out),
                 "pictures": [str(path) for path in pictures],
-                "best": asdict(fitted.best),
+                "best": asdict(fitted.best) if fitted.curve else None,
                 "curve": [asdict(point) for point in fitted.curve],
                 "cases": len(facts.cases),
                 "seconds": fitted.seconds,

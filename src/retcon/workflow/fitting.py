@@ -23,9 +23,13 @@ class Fitted:
 
     path: Path
     curve: "tuple[CurvePoint, ...]"
-    best: "CurvePoint"
-    """The validation with the lowest loss, which the editor is from."""
+    """Empty where the method's file has no losses."""
     seconds: float
+
+    @property
+    def best(self) -> "CurvePoint":
+        """The validation with the lowest loss, which the editor is from; there must be one."""
+        return min(self.curve, key=lambda point: point.validation)
 
 
 def check_trainable(name: str) -> None:
@@ -72,13 +76,10 @@ def fit_editor(
         InvalidSetting: the method is not trained before it edits, the cases are too few, or the unfinished training of
             another run is at `out` and not `force`.
     """
-    from retcon.methods.common.hypernetwork import read_curve
-
     method = _trainable(resolved)
     started = time.perf_counter()
     method.fit(lm, cases, out, seed=seed, force=force, progress=progress)
-    curve = tuple(read_curve(out, resolved.name))
-    return Fitted(out, curve, min(curve, key=lambda p: p.validation), time.perf_counter() - started)
+    return Fitted(out, tuple(method.curve(out)), time.perf_counter() - started)
 
 
 def draw_curve(fitted: Fitted, stem: Path) -> list[Path]:

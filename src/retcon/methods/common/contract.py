@@ -23,6 +23,7 @@ from retcon.memory.values import ValueCache
 from retcon.memory.write import UpdateFilter as UpdateFilter
 from retcon.methods.common.settings import checked_settings
 from retcon.seed import check_seed
+from retcon.training.fitting import CurvePoint
 from retcon.version import versions
 from retcon.work import Progress
 
@@ -253,6 +254,10 @@ class Trainable(Method):
     @abstractmethod
     def n_fitted(self, lm: LM) -> int:
         """Return how many values `fit` trains."""
+
+    def curve(self, editor: Path) -> Sequence[CurvePoint]:
+        """Return the losses of the training, from the file that `fit` wrote; none where it holds none."""
+        return ()
 
 
 def recorded(

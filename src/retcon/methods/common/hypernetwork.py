@@ -126,6 +126,14 @@ class HypernetworkSettings(Trainable):
         sites = self.sites(lm)
         return sites, self.untrained(lm, sites, seed)
 
+    def curve(self, editor: Path) -> Sequence[CurvePoint]:
+        """Return the losses of the training.
+
+        Raises:
+            MalformedFile: the file is no editor of this method.
+        """
+        return [CurvePoint(**point) for point in read_editor(self.name, editor)[1]["curve"]]
+
     def schedule(self) -> FitSchedule:
         """Return how long to train."""
         return FitSchedule(
@@ -528,13 +536,3 @@ def _check_base(path: Path, about: Mapping[str, Any], lm: LM) -> None:
         raise WrongBase(
             f"{path} was trained for {about['model']}, and {lm.label} has other weights; train an editor for this model"
         )
-
-
-def read_curve(path: str | Path, method: str) -> list[CurvePoint]:
-    """Return the losses of a training, from its editor's file.
-
-    Raises:
-        MalformedFile: the file is no editor of that method.
-    """
-    about = read_editor(method, Path(path))[1]
-    return [CurvePoint(**point) for point in about["curve"]]
