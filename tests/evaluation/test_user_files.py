@@ -572,8 +572,9 @@ def test_a_subject_that_is_elsewhere_is_said_to_be(file: Callable[..., Path]) ->
         read_cases(file([row]))
 
 
-def test_a_fact_may_have_a_number_as_its_id(file: Callable[..., Path]) -> None:
-    row = {"id": 7, "prompt": "{} is", "subject": "Norr", "target_new": "x"}
+@pytest.mark.parametrize("name", ["id", "case_id"])
+def test_a_fact_may_have_a_number_as_its_id(name: str, file: Callable[..., Path]) -> None:
+    row = {name: 7, "prompt": "{} is", "subject": "Norr", "target_new": "x"}
     (case,), _ = read_cases(file([row]))
     assert (case.id, case.edits[0].id) == ("7", "7")
 

@@ -10,7 +10,7 @@ from retcon import world
 from retcon.chat import chat_from
 from retcon.edits import MARKER, Case, Edit, case_from
 from retcon.errors import InvalidEdit, MalformedFile
-from retcon.evaluation.datasets.fields import AnswerGroups, asked_in, first, present, text_or_none, texts
+from retcon.evaluation.datasets.fields import AnswerGroups, asked_in, first, given, present, text_or_none, texts
 from retcon.evaluation.datasets.related import ask_related
 from retcon.evaluation.datasets.rows import (
     FLAGS_ACROSS,
@@ -75,8 +75,9 @@ def plain(record: Mapping[str, Any], where: str, row: int, target: CaseTarget) -
 
 def _name(record: Mapping[str, Any], where: str) -> str:
     """Return the fact's own id, which may be a number; "" where it has none."""
-    own = record.get("id")
-    return str(own) if isinstance(own, int) and not isinstance(own, bool) else text_or_none(record, "id", where) or ""
+    name = given(record, "id", "case_id")
+    own = record.get(name)
+    return str(own) if isinstance(own, int) and not isinstance(own, bool) else text_or_none(record, name, where) or ""
 
 
 def _filled(prompt: str, edit: Edit) -> str:
