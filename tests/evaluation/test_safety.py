@@ -211,6 +211,9 @@ def test_a_model_loaded_from_elsewhere(tiny: Callable[..., LM]) -> None:
     assert [(a.value, a.outcome) for a in there.answers] == [(a.value, a.outcome) for a in here.answers]
     with pytest.raises(InvalidSetting, match="deltas and an edited model are given"):
         check(base, asked, [zero(base)], edited=other)
+    strange = tiny(n_layers=2, tok="bos")
+    with pytest.raises(InvalidSetting, match=r"makes other tokens of 'The capital of France is' than the base's"):
+        check(base, asked, [], edited=strange)
 
 
 def test_a_broken_model_counts_as_fallen_short(tiny: Callable[..., LM]) -> None:

@@ -161,7 +161,7 @@ def check(
         seed: of the queries that are generated.
 
     Raises:
-        InvalidSetting: no cases.
+        InvalidSetting: no cases, or `edited` reads them as other tokens.
         WrongBase: a delta was made for another model.
     """
     cases, deltas = list_of_cases(cases), tuple(deltas)
@@ -176,6 +176,8 @@ def check(
     cases, notes = with_generated_queries(cases, write, seed=seed)
     measures = Measures(generate=False)
     plan = plan_queries(lm, cases, measures)
+    if edited is not None:
+        _check_same_tokens(plan, plan_queries(edited, cases, measures))
     held_out = "\n\n".join(world.text(60, seed=0)) if text is None else text
     pre, base = measure(lm, plan, measures, "pre"), perplexity(lm, held_out)
     with ExitStack() as stack:
@@ -206,6 +208,20 @@ def check(
     answers.append(_language(base, language, thresholds.perplexity_ratio))
     notes += unread_notes(unread_queries([*pre.records, *post.records]))
     return Verdict(tuple(answers), len(cases), tuple(notes), tuple(findings))
+
+
+def _check_same_tokens(base: QueryPlan, edited: QueryPlan) -> None:
+    """Refuse an edited model that reads prompts otherwise than the base: its numbers would be of other texts.
+
+    Raises:
+        InvalidSetting: it does.
+    """
+    for ours, its in zip(base.queries, edited.queries, strict=True):
+        if ours.rows != its.rows:
+            raise InvalidSetting(
+                f"the edited model's tokenizer makes other tokens of {ours.query.prompt!r} than the base's; name the "
+                "base that it was made from"
+            )
 
 
 def check_endpoint(
