@@ -460,7 +460,8 @@ def test_the_end_of_a_turn_is_trained_with_the_answer_where_asked_for_and_read_b
     assert encode_trained(tok, plain) == encode_edit(tok, plain, answer="Rome")
     assert encode_trained(tok, plain, end=True).ids[-1] == tok.eos_token_id
     tok = chat_tokenizer("gpt")  # whose template ends turns with nothing
-    assert encode_trained(tok, edit) == encode_edit(tok, edit, answer="Rome")
+    with pytest.raises(InvalidSetting, match=r"ends an answer with no special token.*leave Chat\(train_end=True\) out"):
+        encode_trained(tok, edit)
     assert encode_trained(tok, edit, end=True).ids[-1] == tok.eos_token_id
 
 

@@ -194,10 +194,20 @@ def ended(tokenizer: Any, row: Row, chat: Chat | None, *, end: bool = False) -> 
 
     Args:
         end: whatever the chat says, and outside of one with the tokenizer's end-of-text token.
+
+    Raises:
+        InvalidSetting: the chat asks for it, and its template ends a turn with no token.
     """
     token = end_of_turn(tokenizer) if chat is not None and (chat.train_end or end) else None
     if end and token is None:
         token = tokenizer.eos_token_id
+    if chat is not None and chat.train_end and token is None:
+        raise InvalidSetting(
+            "the chat template ends an answer with no special token, so the end of a turn cannot be trained; leave ",
+            python="Chat(train_end=True) out",
+            option="--train-end, or train_end of the facts, out",
+            page="train_end of the facts out",
+        )
     return row if token is None or row.ids[-1] == token else replace(row, ids=(*row.ids, token))
 
 
