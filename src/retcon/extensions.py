@@ -51,6 +51,8 @@ def named_object(name: str) -> Any:
 
 def named_function(name: str, group: str, what: str) -> Callable[..., Any]:
     """Return the function that "module:function" names, or the one that a package announces by that name."""
+    if not isinstance(name, str):
+        raise InvalidSetting(f"a {what} is named by text, found {name!r}; one of your own by 'module:function'")
     table = installed(group)
     place = table.get(name, name)
     if ":" not in place:

@@ -77,9 +77,10 @@ def test_a_row_that_the_function_cannot_read_is_named(here: Path) -> None:
         ("mine_of_tests:other", "cannot find the format 'mine_of_tests:other'"),
         ("no_such_module:wiki", "No module named 'no_such_module'"),
         ("mine_of_tests:NAME", "is no function but str"),
+        (str.split, r"a format is named by text, found <method 'split'.*; one of your own by 'module:function'"),
     ],
 )
-def test_a_format_that_is_not_there_is_refused(here: Path, name: str, message: str) -> None:
+def test_a_format_that_is_not_there_is_refused(here: Path, name: Any, message: str) -> None:
     with pytest.raises(InvalidSetting, match=message):
         retcon.read_cases("facts.json", name)
 
