@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import retcon.attachment
 from retcon import LM
 from retcon.errors import InvalidSetting, MalformedFile, UnknownMethod
 from retcon.evaluation import Measures
+from retcon.evaluation.results import Evaluation
 
 CODE = """
 def wiki(row):
@@ -163,6 +165,16 @@ def test_a_metric_reads_what_both_models_write(here: Path, lm: LM) -> None:
     assert after["words"].value >= 0
     assert after["same"].value == 0
     assert post.summary()
+
+
+def test_a_metric_is_not_given_nothing_in_place_of_what_the_unedited_model_wrote(here: Path, lm: LM) -> None:
+    cases, _ = retcon.read_cases("facts.json", "mine_of_tests:wiki")
+    measures = Measures(metrics=("mine_of_tests:words",), max_new_tokens=3)
+    retcon.evaluate(lm, cases, measures=measures).write("pre.jsonl")
+    pre = Evaluation.read("pre.jsonl")
+    with pytest.raises(InvalidSetting, match=r"no text of the unedited model .*, which mine_of_tests:words reads"):
+        retcon.evaluate(lm, cases, measures=measures, pre=pre)
+    assert retcon.evaluate(lm, cases, measures=replace(measures, metrics=()), pre=pre).records
 
 
 def test_a_metric_that_fails_is_named_with_its_case(here: Path, lm: LM) -> None:

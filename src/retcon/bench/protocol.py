@@ -81,7 +81,7 @@ def run_protocol(
     measures = measures or Measures()
     n, _ = protocol.sizes(len(cases))
     plan = plan_queries(lm, cases[:n], measures)
-    before = measure(lm, plan, measures, "pre") if pre is None else covering(pre, plan)
+    before = measure(lm, plan, measures, "pre") if pre is None else covering(pre, plan, measures)
     units = list(run_units(RunContext(lm, plan, measures, propose, before), protocol, Units(None)))
     return Evaluation(
         [*before.records, *(record for unit in units for record in unit.records)],

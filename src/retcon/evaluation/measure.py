@@ -80,7 +80,7 @@ def evaluate(
     measures = replace(measures or Measures(), **{name: value for name, value in given.items() if value is not None})
     cases = list_of_cases(cases)
     plan = plan_queries(lm, cases, measures)
-    before = None if pre is None else covering(pre, plan)
+    before = None if pre is None else covering(pre, plan, measures)
     reporting = drawn_bars() if progress and not callable(progress) else nullcontext(progress or silent)
     with reporting as advance:
         parts = []
@@ -159,11 +159,11 @@ def divergences(
     return records
 
 
-def covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:
+def covering(pre: Evaluation, plan: QueryPlan, measures: Measures) -> Evaluation:
     """Return the part of `pre` that is about these queries.
 
     Raises:
-        InvalidSetting: it is no evaluation, or lacks some of them.
+        InvalidSetting: it is no evaluation, or lacks some of them, or the texts that metrics of one's own read.
     """
     if not isinstance(pre, Evaluation):
         raise InvalidSetting(f"pre must be what evaluate returned, found {type(pre).__name__}")
@@ -179,6 +179,14 @@ def covering(pre: Evaluation, plan: QueryPlan) -> Evaluation:
         raise InvalidSetting(
             f"the given pre evaluation lacks {len(missing)} of {len(wanted)} queries (case {case_id!r}, query "
             f"{query_id!r}); evaluate the unedited model on these cases, or leave pre out"
+        )
+
+    written = [q.place for q in plan.queries if measures.metrics and q.writing(measures) is not None]
+    if unwritten := [place for place in written if ("pre", *place) not in pre.texts]:
+        case_id, query_id = unwritten[0]
+        raise InvalidSetting(
+            f"the given pre evaluation has no text of the unedited model (case {case_id!r}, query {query_id!r}), which "
+            f"{measures.metrics[0]} reads: texts are not in a file of records; leave pre out"
         )
 
     def keep(items: Mapping[tuple[str, str, str], Any]) -> dict[tuple[str, str, str], Any]:
