@@ -13,6 +13,7 @@ from retcon.methods.common.choosing import choose, method
 from retcon.methods.common.contract import ModelShape, Trainable
 from retcon.methods.common.registry import method_class
 from retcon.methods.common.starting_point import ENOUGH, fit_clamps, fit_learning_rate
+from retcon.training.descent import Schedule
 from tests.conftest import everyday
 
 FAMILY = ("rome", "r_rome", "memit", "pmet", "jeep", "emmet", "alphaedit")
@@ -131,6 +132,7 @@ class Training:
     needed: Callable[[int], float]
     """The rate that so many edits need; the earlier half of a batch needs half of that."""
     tried: list[tuple[int, float]] = field(default_factory=list)
+    mini_batch: int | None = None
 
     def propose(self, lm, edits, *, state, seed):
         self.tried.append((len(edits), self.learning_rate))
@@ -140,6 +142,9 @@ class Training:
 
     def for_next_try(self):
         return self
+
+    def schedule(self, n_edits):
+        return Schedule(epochs=1, batch_size=self.mini_batch)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,12 @@ def test_many_edits_begin_with_the_rate_that_a_few_need(n_edits, at_once, rate, 
     fitted = fit_learning_rate(None, method, [object() for _ in range(n_edits)], at_once=at_once)
     assert fitted.learning_rate == rate
     assert method.tried == tried
+
+
+def test_in_mini_batches_a_few_edits_are_tried():
+    method = Training(1.0, lambda n: 4.0, mini_batch=2)
+    assert fit_learning_rate(None, method, [object()] * 50).learning_rate == 2.0
+    assert method.tried == [(8, 1.0), (8, 2.0)]
 
 
 def test_a_rate_that_helps_nobody_is_not_raised_for_ever():
@@ -193,6 +204,17 @@ def test_what_was_chosen_is_said_and_given_settings_stand(tiny, edits):
         own = choose("memit", for_model=lm, cases=edits, clamp=0.3, moment_weight=7.0)
     assert (own.method.clamp, own.method.moment_weight) == (0.3, 7.0)
     assert not any("clamp" in note or "moment_weight" in note for note in own.notes)
+
+
+def test_fine_tuning_gets_a_rate_by_which_half_of_a_few_edits_reach_their_loss(tiny, edits):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RetconWarning)
+        found, without_stop = (
+            choose("ft", for_model=tiny("llama"), cases=edits, epochs=15, stop_loss=stop) for stop in (5.0, 0.0)
+        )
+    assert any("learning_rate" in note and "doubled" in note for note in found.notes)
+    assert found.method.learning_rate > without_stop.method.learning_rate == 5e-4
+    assert not any("doubled" in note for note in without_stop.notes)
 
 
 @dataclass(frozen=True, kw_only=True)

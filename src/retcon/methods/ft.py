@@ -17,8 +17,10 @@ class Ft(FineTuning):
     """Fine-tuning of chosen matrices."""
 
     name: ClassVar[str] = "ft"
+    fits_learning_rate: ClassVar[bool] = True
 
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
-        """Return one down-projection at seven tenths of the depth, in mini-batches."""
+        """Return one down-projection at seven tenths of the depth, in mini-batches; the learning rate is the smallest
+        to try."""
         return {"layers": (math.floor(0.7 * shape.n_layers),), "batch_size": 100, "steps_per_epoch": 30}

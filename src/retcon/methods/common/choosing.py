@@ -145,13 +145,19 @@ def _fitted(
     if isinstance(made, SearchSettings) and clamps and cases:
         found = fit_clamps(lm, made, edits_of(cases), clamps)
         return replace(made, **found.clamps), [str(found)]
-    if isinstance(made, TuningSettings) and made.fits_learning_rate and cases and "learning_rate" not in given:
+    if isinstance(made, TuningSettings) and _rate_to_fit(made, given) and cases:
         step = fit_learning_rate(lm, made, edits_of(cases), at_once=at_once)
         return replace(made, learning_rate=step.learning_rate), [str(step)]
     if clamps:
         shown = ", ".join(f"{clamp} = {made.settings[clamp]:g}" for clamp in clamps)
         return made, [f"{shown}: the default, made for large models; given the edits (cases=), it is fitted to them"]
     return made, []
+
+
+def _rate_to_fit(made: TuningSettings, given: Iterable[str]) -> bool:
+    """Return whether the method's learning rate follows from the edits: where it is not given, and they can reach a
+    loss."""
+    return made.fits_learning_rate and made.stop_loss > 0 and "learning_rate" not in given
 
 
 def _clamps(chosen: type[Method], given: Iterable[str]) -> list[str]:

@@ -110,13 +110,16 @@ def fit_learning_rate(
     How far a step goes depends on how many weights are trained, how large they are and how many edits share them: one
     rate moves nothing in one model and breaks another, and too large a rate costs locality. Where many are written
     together, it begins with the rate that a few of them need: these are tried in a moment, and never needed more in
-    what was tried.
+    what was tried. In mini-batches each edit has steps of its own, and a few are all that is tried.
 
     Args:
         method: of masked tuning (`TuningSettings`); its learning rate is the smallest that is tried.
         edits: those of `tried_batches` are written and nothing of that is kept.
         at_once: edits that will be written together; None: all.
     """
+    together = at_once or len(edits)
+    if (method.schedule(together).batch_size or together) < together:
+        at_once = N_TRIED
     batches = tried_batches(edits, at_once)
     n_tried = sum(map(len, batches))
     rate, highest = method.learning_rate, MAX_RATE_FACTOR * method.learning_rate
