@@ -627,3 +627,19 @@ def test_an_answer_inside_the_reasoning_part_is_warned_of() -> None:
         encode(tok, "Who?", chat=Chat())  # to be written after, where that part is taken off
         encode(tok, "Who?", "Rome", chat=Chat(), separator="</think>\n")
         encode(tok, "Who?", "Rome", chat=Chat(None, (("short", True),)))
+
+
+def test_a_system_turn_that_the_template_leaves_out_is_warned_of() -> None:
+    turn = "{% if m['role'] != 'system' %}[{{ m['role'] }}] {{ m['content'] }} {% endif %}"
+    tok = chat_tokenizer("bos", "{% for m in messages %}" + turn + "{% endfor %}[assistant]")
+    with pytest.warns(RetconWarning, match="the chat template writes no system turn, so that it changes nothing"):
+        render(tok, Chat("Be brief."), ["Who?"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        render(tok, Chat(), ["Who?"])
+        render(chat_tokenizer("bos", ROLES + "<|assistant|>\n"), Chat("Be brief."), ["Who?"])
+        render(
+            chat_tokenizer("bos", (ROLES + "<|assistant|>\n").replace("m['content']", "m['content'] | trim")),
+            Chat(" Be. "),
+            ["Who?"],
+        )

@@ -279,6 +279,10 @@ def render(tokenizer: Any, chat: Chat, turns: Sequence[str]) -> RenderedChat:
         return text
 
     text = apply(chat.turns(turns), True)
+    if chat.system and chat.system not in text and text == apply(replace(chat, system=None).turns(turns), True):
+        warnings.warn(
+            "the chat template writes no system turn, so that it changes nothing", RetconWarning, stacklevel=2
+        )
     question = turns[-1].strip()
     start = _question_start(text, question, apply(chat.turns([*turns[:-1], _STAND_IN]), True))
     if start is None:
