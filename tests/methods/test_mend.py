@@ -264,6 +264,8 @@ def test_what_cannot_be_edited_with_is_said(tiny, edits, tmp_path):
         Mend().propose(lm, edits)
     with pytest.raises(MalformedFile, match="no such file"):
         Mend(editor=str(tmp_path / "nothing")).propose(lm, edits)
+    with pytest.raises(MalformedFile, match="is a directory; mend's editor is a file"):
+        Mend(editor=str(tmp_path)).propose(lm, edits)
     mend = editor(lm, edits, tmp_path)
     assert replace(mend, rank=6).propose(lm, edits[:1]) == mend.propose(lm, edits[:1])
     for read in (lambda: replace(mend, rank=5).propose(lm, edits), lambda: replace(mend, rank=5).as_trained()):

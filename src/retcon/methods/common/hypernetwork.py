@@ -509,9 +509,11 @@ def read_editor(name: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any
     Raises:
         MalformedFile: the file is no editor of that method.
     """
+    if path.is_dir():
+        raise MalformedFile(f"{path} is a directory; {name}'s editor is a file, which `retcon fit` writes")
     try:
         return read_checked(path, EDITOR, {"method": name})
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise no_such_file(name, path) from None
 
 
