@@ -11,14 +11,14 @@ read once it is registered: by `register(MyKind)`, or by an entry point of the g
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, runtime_checkable
 
 from retcon.checked import Kind, digest_of, read_checked, under, write_checked
 from retcon.edits import Edit, edit_record
-from retcon.errors import InvalidSetting, MalformedFile
+from retcon.errors import DeltaMismatch, InvalidSetting, MalformedFile
 from retcon.extensions import installed, named_object
 from retcon.files import as_json, check_exists
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from retcon.delta import Change
 
+_Kind = TypeVar("_Kind")
 ENTRY_POINTS = "retcon.attachments"
 DELTA = "retcon.delta:Delta"
 """Where files go that name no kind of their own."""
@@ -314,6 +315,17 @@ class Beside:
 # --- files of any kind ---------------------------------------------------------------------------------------------
 
 _REGISTERED: dict[str, type[Beside]] = {}
+
+
+def list_of_deltas(deltas: Iterable[_Kind]) -> tuple[_Kind, ...]:
+    """Return the deltas.
+
+    Raises:
+        DeltaMismatch: one delta in place of several.
+    """
+    if isinstance(deltas, Attachment):
+        raise DeltaMismatch(f"one delta given where a list of them is wanted: [delta] (delta {deltas.id!r})")
+    return tuple(deltas)
 
 
 def register(kind: type[Beside]) -> type[Beside]:

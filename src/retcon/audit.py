@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retcon.attachment import list_of_deltas
 from retcon.delta import Change, Delta, Dense, LowRank, Region, Rows, sum_of
 from retcon.edits import Edit, list_of_edits
 from retcon.errors import DeltaMismatch, NonFinite, RetconWarning
@@ -105,7 +106,7 @@ def audit(
         NotEditable: they differ in a parameter that is quantised.
         NonFinite: they differ in a parameter that holds NaN or infinity.
     """
-    edits, known = list_of_edits(edits), tuple(known)
+    edits, known = list_of_edits(edits), list_of_deltas(known)
     theirs = {name for name, _ in edited.model.named_parameters()}
     names = [name for name, _ in base.model.named_parameters()]
     if set(names) != theirs:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from retcon.audit import audit
 from retcon.chat import Chat
 from retcon.delta import Delta, Dense
 from retcon.edits import Case, Edit, Query
-from retcon.errors import InvalidSetting
+from retcon.errors import DeltaMismatch, InvalidSetting
 from retcon.evaluation.drift import perplexity
 from retcon.evaluation.generated_queries import with_generated_queries
 from retcon.evaluation.intervals import ci_wilson
@@ -234,3 +235,7 @@ def test_what_means_nothing_is_refused(tiny: Callable[..., LM]) -> None:
             Thresholds(perplexity_ratio=ratio)
     with pytest.raises(InvalidSetting, match="no cases to check with"):
         check(tiny(n_layers=1), [], [])
+    lm = tiny(n_layers=2)
+    for one in (lambda: check(lm, cases(lm), zero(lm)), lambda: audit(lm, lm, known=zero(lm))):  # type: ignore[arg-type]
+        with pytest.raises(DeltaMismatch, match=r"one delta given where a list of them is wanted: \[delta\]"):
+            one()

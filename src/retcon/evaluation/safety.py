@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from retcon import world
-from retcon.attachment import Attachment
+from retcon.attachment import Attachment, list_of_deltas
 from retcon.chat import Chat
 from retcon.edits import Case, Query, list_of_cases
 from retcon.errors import InvalidSetting
@@ -164,7 +164,7 @@ def check(
         InvalidSetting: no cases, or `edited` reads them as other tokens.
         WrongBase: a delta was made for another model.
     """
-    cases, deltas = list_of_cases(cases), tuple(deltas)
+    cases, deltas = list_of_cases(cases), list_of_deltas(deltas)
     if not cases:
         raise InvalidSetting("no cases to check with; give at least the edits themselves")
     if edited is not None and deltas:
