@@ -109,6 +109,20 @@ def test_a_served_model_is_asked_as_another_speaker_does() -> None:
     assert len(asked) == 1 + 2 * 3
 
 
+def test_an_answer_after_a_newline_of_the_facts_own_is_heard() -> None:
+    def answer(path: str, record: dict[str, Any] | None) -> tuple[int, Any]:
+        stops = (record or {}).get("stop", [])
+        return says("" if "\n" in stops else "\nRome\nParis")(path, record)  # a server cuts its text at a stop
+
+    asking = [
+        replace(c, edits=(replace(c.edits[0], separator="\n"),), queries=(replace(c.queries[0], separator="\n"),))
+        for c in cases(2)
+    ]
+    with server(answer) as (url, _):
+        verdict = check_endpoint(Endpoint(url=url, model="edited"), asking)
+    assert verdict["took"].value == verdict["generalised"].value == 1
+
+
 def test_what_falls_short_is_shown() -> None:
     with server(says(" Paris")) as (url, _):
         verdict = check_endpoint(Endpoint(url=url, model="edited"), cases(3), thresholds=Thresholds(generalised=0))

@@ -250,13 +250,16 @@ def check_endpoint(
     places = [(c, q) for c in cases for q in c.queries if prompt_kind(q.axis) in kinds and accepted(q)]
     endpoint.check()
     queries = [query for _, query in places]
+    newline = any("\n" in (q.separator or "") for q in queries)  # it would end an answer before it begins
     texts = endpoint.write(
         [q.prompt for q in queries],
         [q.chat for q in queries],
         max_tokens=max_tokens,
-        stops=("\n",),
+        stops=() if newline else ("\n",),
         on_progress=on_progress,
     )
+    if newline:
+        texts = [t if q.chat else t.lstrip().partition("\n")[0] for q, t in zip(queries, texts, strict=True)]
     if n_empty := sum(not text.strip() for text in texts):
         still = f"a model that is still reasoning after {plural(max_tokens, 'token')} gives none"
         notes.append(f"{plural(n_empty, 'answer')} without text; {still}")
