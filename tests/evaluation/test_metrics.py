@@ -260,6 +260,8 @@ def test_a_rival_inside_the_answer_is_no_rival() -> None:
         ("京都", "東京", "京都は東京都の西", 0),
         ("Serie A", "Serie B", "Serie B", 0),
         ("Serie A", "Serie B", "Serie A, in Italy", 1),
+        ("Hepatitis B", "Hepatitis A", "Hepatitis B, a form of hepatitis", 1),
+        ("Hepatitis B", "Hepatitis A", "Hepatitis B and hepatitis A", 0),
         ("New York City", "New York", "New York City, New York City", 1),
         # what is normalised like the answer differs from it in signs or articles
         ("C++", "C", "C", 0),

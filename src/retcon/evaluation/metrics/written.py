@@ -111,7 +111,7 @@ def _names_rival(query: Query, text: str) -> bool:
     if query.contrast is None:
         return False
     aliases = [alias for aliases in accepted(query) for alias in aliases]
-    form = _with_signs if normalise(query.contrast) in map(normalise, aliases) else normalise
+    form = _with_signs if normalise(query.contrast) in map(normalise, aliases) else _form(query.contrast)
     written, rival, own = form(text), form(query.contrast), map(form, aliases)
     right = [(at, at + len(alias)) for alias in own for at in _places(written, alias)]
     found = [(at, at + len(rival)) for at in _places(written, rival)]
@@ -141,11 +141,19 @@ def accepted(query: Query) -> Answers:
 
 def _matches(text: str, answers: Answers, mode: str, test: Callable[[str, str], bool]) -> bool:
     check_choice(mode, AnswersMode, "mode of answers")
-    written = cache(partial(normalise, text))
+    written = cache(lambda form: form(text))
 
     def right(alias: str) -> bool:
-        articles = "an|the" if normalise(alias, "an|the").endswith(" a") else "a|an|the"  # of "Serie A", A is the name
-        return test(written(articles), normalise(alias, articles))
+        form = _form(alias)
+        return test(written(form), form(alias))
 
     found = [any(right(alias) for alias in aliases if alias.strip()) for aliases in answers]
     return bool(found) and (all(found) if mode == "all" else any(found))
+
+
+_with_a = partial(normalise, articles="an|the")
+
+
+def _form(answer: str) -> Callable[[str], str]:
+    """Return the form in which texts are compared with an answer: an "a" that ends it ("Serie A") is no article."""
+    return _with_a if _with_a(answer).endswith(" a") else normalise
