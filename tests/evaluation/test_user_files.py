@@ -323,6 +323,14 @@ def test_several_prompts_of_a_field_have_an_answer_each_or_one_for_all(
         read(["Pia", "Sel", "Lea"])
 
 
+def test_answers_to_no_prompt_are_passed_over(file: Callable[..., Path]) -> None:
+    rows = [FLAT | {"locality_prompt": None, "locality_ground_truth": ["Pia", "Sel"]}]
+    rows.append(rows[0] | {"prompt": "Velt is led by", "subject": "Velt", "locality_prompt": []})
+    cases, report = read_cases(file(rows))
+    assert not report.losses()
+    assert [asked(case, "neighborhood") for case in cases] == [[], []]
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.csv"])
 def test_rows_of_several_sources_have_all_names_of_a_field(name: str, file: Callable[..., Path]) -> None:
     """As pandas writes them: what another source calls it is null, or an empty cell."""

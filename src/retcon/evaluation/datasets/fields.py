@@ -85,14 +85,14 @@ def text_or_none(record: Mapping[str, Any], name: str, where: str) -> str | None
 
 def pairs(prompts: Any, answers: Any, name: str, where: str) -> list[tuple[str, Any]]:
     """Return each prompt of the field `name` with what answers it: all answers where there is one prompt; of several,
-    one for each in their order, or one for all.
+    one for each in their order, or one for all. Answers to no prompt are passed over.
 
     Raises:
         MalformedFile: there are neither as many answers as prompts nor one.
     """
     asked = texts(prompts, name, where)
-    if len(asked) == 1:
-        return [(asked[0], answers)]
+    if len(asked) < 2:
+        return [(prompt, answers) for prompt in asked]
     each = answers if isinstance(answers, list) and answers else [answers]
     if len(each) == 1:
         each = each * len(asked)
