@@ -1,5 +1,7 @@
 """The solver against its defining equations (float64)."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -154,6 +156,10 @@ def test_nan_is_refused(problem):
     c[0, 0] = float("nan")
     with pytest.raises(NonFinite, match="second moment"):
         ridge(k, lambda: c, 1.0)
+    k[0, 0] = float("nan")
+    for solve in (equality, partial(ridge, weight=1.0)):
+        with pytest.raises(NonFinite, match="and the keys"):
+            solve(k, lambda: torch.eye(len(k)).double(), factor=lambda: torch.eye(len(k)).double())
 
 
 # --- where the work is done ----------------------------------------------------------------------------------------

@@ -277,6 +277,8 @@ def equality(
 
 def _of_keys(d: Float[Tensor, "n n"], weight: float, b: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     """(D + weight I)^-1 B for D = K^T C^-1 K; by the pseudo-inverse where keys are linearly dependent."""
+    if not torch.isfinite(d).all():
+        raise NonFinite(_NOT_FINITE)
     d = _plus_identity(d, weight)
     lower, failed = torch.linalg.cholesky_ex(d)
     pivots = lower.diagonal()
