@@ -219,6 +219,20 @@ def test_conditions_of_tests_have_no_column(tmp_path: Path) -> None:
     assert table.head == ("Method", "edit_success", "ripple.forgetfulness")
 
 
+def test_metrics_of_ones_own_are_a_table_of_their_values(tmp_path: Path) -> None:
+    records = [
+        *axis("own", "Please", {"a": [0.25], "b": [0.5]}, variant="mine:politeness", when="pre"),
+        *axis("own", "Please", {"a": [3.0], "b": [4.0]}, variant="mine:politeness", when="final"),
+    ]
+    run = make_run(tmp_path, "jeep", records, n=2)
+    run.manifest["measures"] = {"metrics": ["mine:politeness"]}
+    table = named(Bench(tmp_path, {"spec": {"name": "r"}, **VERSIONS}, ENVIRONMENT, (run,), ()), "own")
+    assert table.head == ("Method", "Please")
+    assert table.rows == (("m_1: 2 edits at once",), ("unedited", "0.375"), ("jeep", "3.5"))
+    assert "mine:politeness" in table.notes[0]
+    assert not table.bold
+
+
 def test_a_method_that_lacks_seeds_is_named_and_does_not_compete(bench: Bench) -> None:
     spec = {"spec": {"name": "b", "seeds": [0, 1, 2]}, **VERSIONS}
     whole = dataclasses.replace(bench, manifest=spec)

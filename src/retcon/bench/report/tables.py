@@ -86,6 +86,7 @@ def tables_of(groups: Sequence[Group]) -> list[Table]:
         ctp,
         kne,
         multihop,
+        own_metrics,
         curve,
         paired,
         cost,
@@ -245,6 +246,27 @@ def multihop(groups: Sequence[Group]) -> list[Table]:
 
 def _variants(group: Group, metric: str) -> list[str]:
     return [line.variant for line in group.summaries[0].lines if line.metric == metric]
+
+
+def own_metrics(groups: Sequence[Group]) -> list[Table]:
+    """Return the metrics of the user's own, a column for each number: as they are, since no unit of theirs is known."""
+    tables = []
+    for dataset in dict.fromkeys(g.dataset for g in groups):
+        own = [g for g in groups if g.dataset == dataset]
+        asked = {name for g in own for name in g.runs[0].manifest.get("measures", {}).get("metrics", ())}
+        lines = [line for g in own for s in g.summaries for line in s.lines if line.variant in asked]
+        columns = list(dict.fromkeys((line.metric, line.variant) for line in lines))
+        if not columns:
+            continue
+        builder = _Builder(("Method", *(metric for metric, _ in columns)))
+        for model, protocol, block in blocks(own):
+            builder.block(f"{model}: {protocol}")
+            for label, group, before in [(UNEDITED, block[0], True), *((g.method, g, False) for g in block)]:
+                numbers = [group.number(*column, before=before) for column in columns]
+                builder.row(label, [MISSING if n is None else f"{n.value:.4g}" for n in numbers], numbers)
+        notes = (f"Means over cases of {', '.join(sorted(asked))}.", _counts(own, set()))
+        tables.append(builder.table(f"own-{slug(dataset)}", f"{dataset}: metrics of your own", notes, best=False))
+    return tables
 
 
 def curve(groups: Sequence[Group]) -> list[Table]:
