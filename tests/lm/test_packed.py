@@ -97,6 +97,22 @@ def some_delta(lm: LM, layer: int = 1) -> retcon.Delta:
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_a_block_of_packed_matrices_with_biases_is_trained_whole(bits: int, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    wide = tiny_model("qwen2", torch.float32, hidden_size=64, intermediate_size=128)
+    wide.save_pretrained(tmp_path / "plain")
+    given = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=given, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "packed")
+    tokenizer().save_pretrained(tmp_path / "packed")
+    lm = load(str(tmp_path / "packed"), device="cpu", packed=True)
+    method = retcon.method("ft", layers=[0], modules=["block"], epochs=1)
+    delta = method.propose(lm, [retcon.Edit("The capital of France is", "France", "Rome")])
+    assert {"model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.q_proj.weight"} <= set(delta.changes)
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_it_computes_what_the_dequantised_model_does_forwards_and_backwards(
     bits: int, checkpoints: dict[int, Path]
 ) -> None:

@@ -280,11 +280,10 @@ def check_trains_whole(name: str, lm: LM, layer: int) -> None:
         InvalidSetting: it has others, of routed experts or of a mixer; the message names one.
     """
     for path, module in lm.block(layer).named_modules(prefix=lm.layout.block.format(layer)):
-        own = (f"{path}.{own}" for own, _ in module.named_parameters(recurse=False))
-        other = next((parameter for parameter in own if parameter not in lm.packed), None)
-        if other is not None and not type(module).__name__.endswith(AFFINE):
+        own = [f"{path}.{own}" for own, _ in module.named_parameters(recurse=False)]
+        if own and lm.packed.keys().isdisjoint(own) and not type(module).__name__.endswith(AFFINE):
             raise InvalidSetting(
-                f"{name}: layer {layer} of {lm.name!r} has {other} ({type(module).__name__}), and a block with more "
+                f"{name}: layer {layer} of {lm.name!r} has {own[0]} ({type(module).__name__}), and a block with more "
                 "than matrices and norms is not trained whole; name matrices, modules=['down_proj'] for instance"
             )
 
