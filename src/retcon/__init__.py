@@ -38,7 +38,24 @@ if TYPE_CHECKING:
     from retcon.methods.common.sequence import in_steps as in_steps
     from retcon.store import Store as Store
 
-__all__, __getattr__ = lazily(__name__)
+__all__, __getattr__ = lazily(
+    __name__,
+    {
+        "retcon.delta": ("Columns", "Delta", "Dense", "Entries", "LowRank", "Rows"),
+        "retcon.evaluation": ("evaluate", "read_cases"),
+        "retcon.lm.layouts": ("Layout",),
+        "retcon.lm.load": ("load",),
+        "retcon.lm.model": ("LM",),
+        "retcon.memory.contexts": ("Contexts", "sample_contexts"),
+        "retcon.memory.moments": ("Corpus", "CorpusMoments", "GivenMoments"),
+        "retcon.memory.values": ("ValueCache",),
+        "retcon.methods.common.choosing": ("method",),
+        "retcon.methods.common.registry": ("list_methods",),
+        "retcon.methods.common.sequence": ("in_steps",),
+        "retcon.store": ("Store",),
+    },
+    ("Case", "Chat", "Edit", "Query", "resolve_conflicts", "write_cases", "write_edits"),
+)
 
 
 def __dir__() -> list[str]:

@@ -24,4 +24,20 @@ if TYPE_CHECKING:
     from retcon.bench.spec import Protocol as Protocol
     from retcon.bench.spec import spec_from_file as spec_from_file
 
-__all__, __getattr__ = lazily(__name__)
+__all__, __getattr__ = lazily(
+    __name__,
+    {
+        "retcon.bench.directory": ("Bench", "Run", "read_bench"),
+        "retcon.bench.protocol": ("run_protocol",),
+        "retcon.bench.run": ("Event", "estimate", "run_bench"),
+        "retcon.bench.spec": (
+            "BenchSpec",
+            "Cell",
+            "DatasetSpec",
+            "MethodSpec",
+            "ModelSpec",
+            "Protocol",
+            "spec_from_file",
+        ),
+    },
+)

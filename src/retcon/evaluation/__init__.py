@@ -27,4 +27,15 @@ if TYPE_CHECKING:
     from retcon.evaluation.summary import Line as Line
     from retcon.evaluation.summary import Summary as Summary
 
-__all__, __getattr__ = lazily(__name__)
+__all__, __getattr__ = lazily(
+    __name__,
+    {
+        "retcon.evaluation.datasets": ("LoadReport", "contaminated", "read_cases"),
+        "retcon.evaluation.intervals": ("Interval", "ci_boot", "ci_case", "ci_seed", "ci_wilson"),
+        "retcon.evaluation.measure": ("evaluate",),
+        "retcon.evaluation.plan": ("Measures",),
+        "retcon.evaluation.records": ("Record",),
+        "retcon.evaluation.results": ("Evaluation",),
+        "retcon.evaluation.summary": ("CaseMean", "Line", "Summary"),
+    },
+)
