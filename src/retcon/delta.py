@@ -361,7 +361,9 @@ class Delta:
                     f"{path}: holds {record['kind']!r}, not a delta; retcon.attachment.load reads attachments"
                 )
             if record["format"] != FORMAT:
-                raise MalformedFile(f"{path}: delta format {record['format']!r}, this version reads {FORMAT!r}")
+                raise MalformedFile(
+                    f"{path}: delta format {record['format']!r}, this version reads {FORMAT!r}; make the edit again"
+                )
             if record.pop("check") != checksum(record, tensors):
                 raise MalformedFile(f"{path}: damaged; its content does not match its checksum")
             _check_record(record)

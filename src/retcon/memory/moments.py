@@ -417,7 +417,9 @@ def _record(path: Path) -> dict[str, Any]:
             record = json.loads((file.metadata() or {})["retcon"])
         sealed = record.pop("seal", None)
         if record["format"] != FORMAT:
-            raise MalformedFile(f"{path}: moments format {record['format']!r}, this version reads {FORMAT!r}")
+            raise MalformedFile(
+                f"{path}: moments format {record['format']!r}, this version reads {FORMAT!r}; collect them again"
+            )
         if sealed != checksum(record, {}):
             raise MalformedFile(f"{path}: damaged; its record does not match its checksum")
         for key in record["keys"]:
