@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import retcon
-from retcon.delta import Delta
+from retcon.delta import Delta, Dense
 
 
 def test_saves_a_checkpoint_that_transformers_loads(cli: Callable[..., Any], delta: Path) -> None:
@@ -26,6 +26,12 @@ def test_saves_a_checkpoint_that_transformers_loads(cli: Callable[..., Any], del
     assert cli("complete", "edited", "The capital of France is").stdout == (
         cli("complete", "gptj", "The capital of France is", "--delta", str(delta)).stdout
     )
+
+
+def test_a_change_without_a_method_is_said_to_be_of_none(cli: Callable[..., Any], here: Path) -> None:
+    lm = retcon.load("gptj")
+    lm.delta({"transformer.ln_f.weight": [Dense(full=torch.ones(32))]}).save("own.safetensors")
+    assert ": unknown method, 0 edits" in cli("apply", "gptj", "own.safetensors", "--save", "edited").stdout
 
 
 def test_records_what_is_in_it(cli: Callable[..., Any], delta: Path) -> None:

@@ -51,7 +51,7 @@ def apply(
                 "applied  {}  [dim]{}: {}, {}[/]",
                 each["file"],
                 each["id"],
-                each["method"],
+                each["method"] or "unknown method",
                 plural(each["n_edits"], "edit"),
             )
         )
