@@ -28,7 +28,11 @@ SETTINGS = "hparams/JEEP/EleutherAI_gpt-j-6B_mcf.json"
 
 
 def check(checkout: Path) -> None:
-    """Check that this is a checkout of the released code."""
+    """Check that this is a checkout of the released code.
+
+    Raises:
+        InvalidSetting: it is none.
+    """
     for name in ("jeep/compute_z.py", SETTINGS):
         if not (checkout / name).is_file():
             raise InvalidSetting(f"--released {checkout}: no {name} there; give a checkout of JEEP's released code")

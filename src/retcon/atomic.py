@@ -63,6 +63,9 @@ def turn_in(folder: str | os.PathLike[str], *, wait: bool) -> Iterator[None]:
 
     Args:
         wait: until another process ends its turn; else:
+
+    Raises:
+        PlaceBusy: another process has the turn.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:

@@ -25,7 +25,11 @@ _LOOK = {
 
 
 def figure(n_rows: int, n_columns: int, width: float, height: float, **options: Any) -> tuple["Figure", Any]:
-    """Return an empty figure of that many inches and its axes, an array of rows."""
+    """Return an empty figure of that many inches and its axes, an array of rows.
+
+    Raises:
+        MissingPackage: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

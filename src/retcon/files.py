@@ -123,7 +123,11 @@ def _json_problem(error: Exception) -> str:
 
 
 def as_json(values: Mapping[str, Any], what: str, *, allow_nan: bool = True) -> dict[str, Any]:
-    """Return values as a JSON file gives them back; `what` they are, for the message."""
+    """Return values as a JSON file gives them back; `what` they are, for the message.
+
+    Raises:
+        InvalidSetting: JSON does not have such values.
+    """
     try:
         return json.loads(json.dumps(dict(values), allow_nan=allow_nan))
     except (TypeError, ValueError) as error:
@@ -139,7 +143,11 @@ def _is_json(text: str) -> bool:
 
 
 def require(record: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-    """Return the field `name` of `record`, of type `kind`."""
+    """Return the field `name` of `record`, of type `kind`.
+
+    Raises:
+        MalformedFile: it is missing or of another type; `where` names file and row.
+    """
     if name not in record:
         raise MalformedFile(f"{where}: field {name!r} is missing; found: {', '.join(map(str, record)) or 'nothing'}")
     if not isinstance(record[name], kind):
@@ -202,7 +210,11 @@ def found_from(path: str, folder: str | os.PathLike[str]) -> str:
 
 
 def check_exists(path: str | os.PathLike[str]) -> None:
-    """Check that an input file is there, before a model is loaded."""
+    """Check that an input file is there, before a model is loaded.
+
+    Raises:
+        MalformedFile: it is not.
+    """
     if Path(path).is_dir():
         raise MalformedFile(f"{path}: is a directory, expected a file")
     if not Path(path).is_file():

@@ -87,7 +87,11 @@ class Bench:
 
 
 def read_listing(root: Path) -> list[dict[str, str]]:
-    """Read the list of a benchmark's finished runs, in their order."""
+    """Read the list of a benchmark's finished runs, in their order.
+
+    Raises:
+        MalformedFile: there is none, or it is none.
+    """
     try:
         listing = json.loads((root / LISTING).read_text("utf-8"))
         return [{name: str(line[name]) for name in ("slug", "directory", "id")} for line in listing]

@@ -142,7 +142,11 @@ def _content(source: str | None) -> str | None:
 
 
 def file_hash(path: str | None) -> str | None:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file.
+
+    Raises:
+        MalformedFile: it cannot be read.
+    """
     if path is None:
         return None
     try:
@@ -169,6 +173,9 @@ def write_or_verify(
 
     Returns:
         What differs around the run (machine, threads, commit): the results may then differ in the last bits.
+
+    Raises:
+        InvalidSetting: the one that is there is another; the message lists what differs.
     """
     if path.is_file():
         old = read_manifest(path)
@@ -191,7 +198,11 @@ def write_or_verify(
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest file."""
+    """Read a manifest file.
+
+    Raises:
+        MalformedFile: there is none, or it is none.
+    """
     try:
         found = json.loads(path.read_text("utf-8"))
         if not isinstance(found["manifest"], dict) or not isinstance(found["environment"], dict):

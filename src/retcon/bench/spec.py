@@ -98,7 +98,11 @@ class Protocol:
         return parts
 
     def sizes(self, n_cases: int) -> tuple[int, int]:
-        """Return (cases, cases a call) for a dataset of that many."""
+        """Return (cases, cases a call) for a dataset of that many.
+
+        Raises:
+            InvalidSetting: more cases are asked for than there are, or a checkpoint does not fall on a batch's end.
+        """
         n = n_cases if self.n is None else self.n
         if n > n_cases:
             raise InvalidSetting(f"the protocol asks for {n:,} cases, the dataset has {n_cases:,}")

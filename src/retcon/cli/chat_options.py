@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 def chat_of(
     as_chat: bool, system: str | None, template_args: Sequence[str] | None, train_end: bool = False
 ) -> "Chat | None":
-    """Return the chat that the options ask for, or None."""
+    """Return the chat that the options ask for, or None.
+
+    Raises:
+        InvalidSetting: a template argument is not NAME=VALUE.
+    """
     from retcon.chat import Chat
 
     if not as_chat and system is None and not template_args and not train_end:
@@ -37,7 +41,11 @@ def chat_of(
 
 
 def check_is_text(text: str, what: str) -> None:
-    """Refuse an argument or a line whose bytes are not UTF-8, which Python hands on as halves of surrogate pairs."""
+    """Refuse an argument or a line whose bytes are not UTF-8, which Python hands on as halves of surrogate pairs.
+
+    Raises:
+        InvalidEdit: no tokenizer takes it. `what` names it in the message.
+    """
     if not is_text(text):
         broken = next(i for i, c in enumerate(text, 1) if not is_text(c))
         raise InvalidEdit(f"{what} is not UTF-8 text (character {broken}); give it in UTF-8")

@@ -138,7 +138,11 @@ def _one_thread_for_a_small_model(lm: "LM") -> None:
 
 
 def check_model_path(name: str) -> None:
-    """Refuse what can only be a path, and leads nowhere."""
+    """Refuse what can only be a path, and leads nowhere.
+
+    Raises:
+        UnsupportedModel: there is no such directory, and no such file.
+    """
     if looks_like_path(name) and not name.startswith("demo:") and not Path(name).exists():
         raise UnsupportedModel(f"cannot load {name!r}: no such directory or file")
 
@@ -174,6 +178,9 @@ def load_deltas(paths: Sequence[Path]) -> list["Attachment"]:
     """Read deltas, or attachments of other kinds, from files, in that order.
 
     A store stands for those in force, `store@ENTRY` for those after an entry.
+
+    Raises:
+        InvalidSetting: one is given twice.
     """
     from retcon.attachment import load
 

@@ -7,7 +7,12 @@ from retcon.errors import InvalidSetting
 
 
 def check_output(path: Path | None, *inputs: Path | None) -> None:
-    """Check, before hours of work, that a file can be written there; None is no file."""
+    """Check, before hours of work, that a file can be written there; None is no file.
+
+    Raises:
+        InvalidSetting: it is a directory, one of the inputs or a file of a model among them, or it cannot be made
+            there.
+    """
     if path is None:
         return
     if path.is_dir():
@@ -32,7 +37,11 @@ def _files_of(place: Path) -> list[Path]:
 
 
 def check_can_make_folder(path: Path) -> None:
-    """Check, before hours of work, that a folder of results can be there."""
+    """Check, before hours of work, that a folder of results can be there.
+
+    Raises:
+        InvalidSetting: a file is in the way, or it cannot be made there.
+    """
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise InvalidSetting(f"cannot write into {path}: {nearest} is not a directory that may be written to")

@@ -81,7 +81,11 @@ def open_store(path: Path) -> "Store":
 
 
 def load_base(store: "Store", model: str | None) -> "LM":
-    """Return the model that the store is of."""
+    """Return the model that the store is of.
+
+    Raises:
+        UnsupportedModel: it is no longer where the store says.
+    """
     place = model or found_from(store.model, store.path)
     try:
         lm = load_model(place)

@@ -86,7 +86,11 @@ def ui(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a socket at that address."""
+    """Return a socket at that address.
+
+    Raises:
+        InvalidSetting: something else listens there, or there is no such address.
+    """
     found = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]

@@ -155,7 +155,11 @@ def _end(processes: Sequence[Process]) -> None:
 
 
 def _check_losses(process: Process, n: int, place: int | None) -> None:
-    """Check that it makes sense to start another process in a lost one's place."""
+    """Check that it makes sense to start another process in a lost one's place.
+
+    Raises:
+        WorkersLost: it would be lost too.
+    """
     if place is None and (process.process.exitcode or 0) > 0:  # it has ended by itself
         raise WorkersLost(
             "no worker process could begin; each imports the script that asks for it, which needs "

@@ -201,7 +201,11 @@ def family_of_case(case: Case) -> Family:
 
 
 def plan_queries(lm: LM, cases: Sequence[Case], measures: Measures) -> QueryPlan:
-    """Tokenise everything once."""
+    """Tokenise everything once.
+
+    Raises:
+        InvalidEdit: two cases share an id.
+    """
     ids = [case.id for case in cases]
     if len(set(ids)) < len(ids):
         twice = next(i for i in ids if ids.count(i) > 1)

@@ -60,7 +60,11 @@ def write_adapter(
 
 
 def how_peft_reads(lm: LM, name: str) -> tuple[tuple[str, str], bool]:
-    """Return the names of a parameter's factors A and B in an adapter; whether they are those of its transpose."""
+    """Return the names of a parameter's factors A and B in an adapter; whether they are those of its transpose.
+
+    Raises:
+        DeltaMismatch: it is no module's weight, which is all that PEFT adapts.
+    """
     path, _, part = name.rpartition(".")
     module = lm.model.get_submodule(path)
     if part != "weight":

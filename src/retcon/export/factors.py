@@ -70,7 +70,11 @@ def compressed(lm: LM, factors: Mapping[str, Factors], deltas: Sequence[Delta]) 
 
 
 def check_has_factors(name: str, shape: torch.Size) -> None:
-    """Check that a parameter of that shape is a matrix."""
+    """Check that a parameter of that shape is a matrix.
+
+    Raises:
+        DeltaMismatch: it is a vector or a tensor of experts.
+    """
     if len(shape) == 3:
         raise DeltaMismatch(
             f"{name}: a tensor of experts ({tuple(shape)}) has no place in an adapter; export it with format hf or diff"

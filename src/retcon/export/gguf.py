@@ -44,7 +44,11 @@ _PRETOKENIZERS = {"qwen2": _SPLIT.replace("DIGITS", r"\p{N}"), "llama-bpe": _SPL
 
 
 def require_gguf() -> Any:
-    """Return the `gguf` package."""
+    """Return the `gguf` package.
+
+    Raises:
+        MissingPackage: it is not installed.
+    """
     if find_spec("gguf") is None:
         raise MissingPackage(f"writing GGUF needs the package gguf; the extra brings it: {how_to_install('gguf')}")
     import gguf
@@ -281,7 +285,11 @@ def _finish(writer: Any) -> None:
 
 
 def _compare(path: Path, wanted: Mapping[str, np.ndarray], *, exact: bool) -> None:
-    """Read a file back and hold it to what was written."""
+    """Read a file back and hold it to what was written.
+
+    Raises:
+        MalformedFile: a tensor is missing or differs by more than its type rounds.
+    """
     gguf = require_gguf()
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
     if found.keys() != wanted.keys():

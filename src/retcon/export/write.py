@@ -327,7 +327,11 @@ def base_gguf(lm: LM) -> Path | None:
 
 
 def check_form(format: str, *, rank: int | str | None, gguf_type: str, max_shard_size: str) -> None:
-    """Refuse what no export can be, before there is a model."""
+    """Refuse what no export can be, before there is a model.
+
+    Raises:
+        InvalidSetting: an unknown format, type or size, or a rank that is none, or where there is none.
+    """
     if format not in get_args(Format):
         raise InvalidSetting(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     if rank is not None and format not in ("peft", "gguf-lora"):
@@ -343,7 +347,11 @@ def check_form(format: str, *, rank: int | str | None, gguf_type: str, max_shard
 
 
 def check_repository(name: str) -> None:
-    """Refuse what cannot be a repository of the hub."""
+    """Refuse what cannot be a repository of the hub.
+
+    Raises:
+        InvalidSetting: it is not owner/name, or has a character that names there do not have.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

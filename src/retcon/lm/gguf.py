@@ -19,7 +19,11 @@ DEQUANTIZED_FROM = "dequantized_from"
 
 
 def find_gguf(place: str) -> Path | None:
-    """Return the GGUF file that `place` names, or the only one in a folder without safetensors; None: none."""
+    """Return the GGUF file that `place` names, or the only one in a folder without safetensors; None for another kind.
+
+    Raises:
+        UnsupportedModel: no such file, several in the folder, or one part of a split file.
+    """
     path = Path(place)
     if path.suffix == SUFFIX:
         if not path.is_file():

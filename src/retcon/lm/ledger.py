@@ -240,7 +240,11 @@ class Ledger:
         self.settle(force=force)
 
     def find(self, delta_id: str) -> Attachment:
-        """Return the applied delta of that id."""
+        """Return the applied delta of that id.
+
+        Raises:
+            DeltaNotApplied: there is none.
+        """
         known = {entry.delta.id: entry.delta for entry in self.entries}
         if delta_id not in known:
             raise DeltaNotApplied(f"delta {delta_id} is not applied; applied: {', '.join(known) or 'none'}")

@@ -160,7 +160,11 @@ def _read(
 
 
 def _name(given: Any) -> str:
-    """Return a model's name or path as text."""
+    """Return a model's name or path as text.
+
+    Raises:
+        UnsupportedModel: it is neither.
+    """
     if isinstance(given, str | os.PathLike):
         return os.fsdecode(given)
     raise UnsupportedModel(
@@ -170,7 +174,11 @@ def _name(given: Any) -> str:
 
 
 def find_model(name: str, revision: str | None = None) -> str:
-    """Return where a model is: a directory, a GGUF file, or a hub id that the hub can be asked for."""
+    """Return where a model is: a directory, a GGUF file, or a hub id that the hub can be asked for.
+
+    Raises:
+        UnsupportedModel: it is a path that leads nowhere, or a hub id, and the hub is out of reach.
+    """
     if name.startswith(DEMO):
         return str(world.model_path(name.removeprefix(DEMO)))
     place = Path(name)
@@ -278,7 +286,11 @@ def quietly() -> Iterator[None]:
 
 
 def _device(asked: str | torch.device | None) -> torch.device:
-    """Return the device asked for, or the best there is."""
+    """Return the device asked for, or the best there is.
+
+    Raises:
+        UnsupportedModel: this machine has no such device.
+    """
     if asked is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -141,6 +141,9 @@ def packed_matrices(model: nn.Module, dtype: torch.dtype) -> dict[str, PackedMat
 
     Args:
         dtype: of the floats.
+
+    Raises:
+        UnsupportedModel: a matrix has been run already in a way that changed what it holds.
     """
     modules = {path: (module, packing) for path, module in model.named_modules() if (packing := packing_of(module))}
     for path, (module, _) in modules.items():

@@ -58,7 +58,11 @@ class Row:
         return self.n_prompt - 1
 
     def position(self, where: Where) -> int:
-        """Return the token index of a named position."""
+        """Return the token index of a named position.
+
+        Raises:
+            PositionNotFound: the row has no subject.
+        """
         if where == "prediction":
             return self.prediction
         if self.subject_last is None:

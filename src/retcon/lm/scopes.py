@@ -58,7 +58,11 @@ class Turns:
         """Whether an exception has ended a turn since the LM last looked: scopes may be waiting to be collected."""
 
     def take(self, turn: Turn) -> None:
-        """Wait until no other thread has an older turn."""
+        """Wait until no other thread has an older turn.
+
+        Raises:
+            ModelBusy: another thread still has one after `BUSY_SECONDS`.
+        """
         self._queue.append(weakref.ref(turn))
         deadline = time.monotonic() + BUSY_SECONDS
         while self._owner() != turn.thread:

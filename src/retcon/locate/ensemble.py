@@ -93,7 +93,11 @@ def sampled(facts: Sequence[Edit], limit: int, seed: int) -> Sequence[Edit]:
 
 
 def check_ensemble(given: Mapping[str, Tensor], lm: LM, sites: Sequence[Site], unit: Unit) -> Ensemble:
-    """Return an ensemble that was kept, if it is one over these sites."""
+    """Return an ensemble that was kept, if it is one over these sites.
+
+    Raises:
+        DeltaMismatch: it names another matrix, or a unit that its matrix does not have.
+    """
     known = {site_key(site): count_units(site, unit) for site in sites}
     for name, index in given.items():
         if name not in known or index.dtype != torch.long or not len(index) or int(index.max()) >= known[name]:

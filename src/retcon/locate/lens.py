@@ -80,7 +80,11 @@ def vocabulary(lm: LM) -> int:
 
 
 def check_reads(lm: LM) -> None:
-    """Check that the last block's output, read with the final norm, gives the model's own logits."""
+    """Check that the last block's output, read with the final norm, gives the model's own logits.
+
+    Raises:
+        UnsupportedModel: it does not; the family makes its logits in a way that `logits_of` does not know.
+    """
     row = encode(lm.tokenizer, "The")
     state: list[Tensor] = []
     at = torch.tensor([0]), torch.tensor([row.prediction])

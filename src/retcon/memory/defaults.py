@@ -30,7 +30,11 @@ def default_contexts(lm: LM, seed: int, style: ContextStyle = "memit") -> Contex
 
 
 def first_prefixes(method: str, lm: LM, n: int, contexts: Contexts | None, seed: int) -> tuple[str, ...]:
-    """Return `n` prefixes of the contexts given, or as many as they have; None: of the model's default ones."""
+    """Return `n` prefixes of the contexts given, or as many as they have; None: of the model's default ones.
+
+    Raises:
+        InvalidSetting: `n` is more than are sampled.
+    """
     if n == 0:
         return ()
     if contexts is None and n > len(STARTS):

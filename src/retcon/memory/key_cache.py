@@ -23,7 +23,11 @@ _BASE, _KEYS = "base", "keys/"
 def earlier_keys(
     state: Mapping[str, Tensor] | None, lm: LM, sites: Sequence[Site]
 ) -> dict[str, Float[Tensor, "n_earlier m"]]:
-    """Return the earlier keys in a state, by parameter name; none where there is no state yet."""
+    """Return the earlier keys in a state, by parameter name; none where there is no state yet.
+
+    Raises:
+        DeltaMismatch: the state is of another model or of other layers.
+    """
     if state is None:
         return {}
     if _BASE not in state or not torch.equal(state[_BASE], _fingerprint(lm)):

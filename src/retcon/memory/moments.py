@@ -394,7 +394,11 @@ def moment_keys(path: Path) -> list[MomentKey]:
 
 
 def load_moment(path: Path, key: MomentKey) -> Float[Tensor, "d d"]:
-    """Return one moment out of a file, on the CPU: float32, or float64 where it needs its jitter to be definite."""
+    """Return one moment out of a file, on the CPU: float32, or float64 where it needs its jitter to be definite.
+
+    Raises:
+        MalformedFile: the file does not hold this key, or the moment does not match its checksum.
+    """
     if key not in moment_keys(path):
         raise MalformedFile(f"{path}: holds no second moment for {key}")
     try:

@@ -170,6 +170,9 @@ def spd_solve(build: Build, b: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     """Return A^-1 B for the symmetric positive definite A that `build` makes afresh.
 
     Cholesky, in A's own memory; where it fails, again with a little jitter on the diagonal, and LU at the last.
+
+    Raises:
+        NonFinite: an input or the solution is NaN or infinite.
     """
     if not torch.isfinite(b).all():
         raise NonFinite(_NOT_FINITE)

@@ -191,6 +191,9 @@ class PendingEntry:
 
         Args:
             lenient: one given that is not this delta's is another's.
+
+        Raises:
+            InvalidSetting: it, or the method that it wraps, is in no module that is imported; or another is given.
         """
         from retcon.methods.common.contract import class_path
         from retcon.methods.common.registry import class_at_hand, list_methods, method_class
@@ -267,6 +270,9 @@ def _editor_of(delta: str, made: Mapping[str, Any], given: "str | os.PathLike[st
 def in_precision(lm: "LM", delta: "Attachment", precision: Precision) -> "Attachment":
     """Return the delta with its changes in that precision, and with what the model says then in its report; an
     attachment of another kind as it is.
+
+    Raises:
+        NonFinite: a value is out of float16's range.
     """
     import torch
 

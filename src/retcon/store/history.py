@@ -70,7 +70,11 @@ class State:
         return hashlib.sha256(json.dumps([self.base, *self.deltas]).encode()).hexdigest()[:16]
 
     def slot_of(self, delta: str) -> str:
-        """Return the slot that holds a delta."""
+        """Return the slot that holds a delta.
+
+        Raises:
+            UnknownEntry: none does.
+        """
         for slot, held in self.slots.items():
             if held == delta:
                 return slot
@@ -84,7 +88,11 @@ class State:
 
 
 def read_log(path: Path) -> tuple[Entry, ...]:
-    """Return the entries of a log, oldest first."""
+    """Return the entries of a log, oldest first.
+
+    Raises:
+        MalformedFile: a line that is no entry, merge marks, or an entry that is there twice.
+    """
     entries: dict[str, Entry] = {}
     for number, record in json_lines(path):
         where = f"{path}, line {number}"
@@ -114,7 +122,11 @@ def read_log(path: Path) -> tuple[Entry, ...]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a file of JSON lines; none where there is no file."""
+    """Yield (line number, object) of a file of JSON lines; none where there is no file.
+
+    Raises:
+        MalformedFile: merge marks, or a line that is no object.
+    """
     if not path.is_file():
         return
     try:
@@ -139,7 +151,11 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def states(base: str, entries: Sequence[Entry], where: Path) -> list[State]:
-    """Return the state before the first entry and after each."""
+    """Return the state before the first entry and after each.
+
+    Raises:
+        MalformedFile: two merged branches have changed the same delta, or the entry that made one is missing.
+    """
     slots: dict[str, str | None] = {}
     last: dict[str, str] = {}
     found = [State(base, {})]
@@ -189,7 +205,11 @@ def in_force_since(start: State, entries: Sequence[Entry]) -> list[tuple[Entry, 
 
 
 def one_named(name: str, known: Iterable[str], what: str) -> str:
-    """Return the one of `known` that `name` is, or begins."""
+    """Return the one of `known` that `name` is, or begins.
+
+    Raises:
+        UnknownEntry: none or several are; the message names them.
+    """
     names = list(dict.fromkeys(known))
     if name in names:
         return name

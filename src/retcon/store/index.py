@@ -189,6 +189,9 @@ def with_target(case: Case, target: str) -> Case:
     """Return the fact with another answer, in its edit and in its checks.
 
     Checks whose answers followed from the old one (portability, two hops) are left out: what follows now is not known.
+
+    Raises:
+        InvalidEdit: the fact consists of several edits, so one target does not say what each becomes.
     """
     from retcon.evaluation.metrics import is_locality, prompt_kind
 

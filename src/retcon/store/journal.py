@@ -23,7 +23,11 @@ _COMMIT = "commit.json"
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Take the turn of one writer; what an earlier one was killed at is finished first."""
+    """Take the turn of one writer; what an earlier one was killed at is finished first.
+
+    Raises:
+        StoreBusy: another process is writing.
+    """
     with open(root / LOCK, "a+") as lock:
         if not _try_lock(lock.fileno()):
             lock.seek(0)

@@ -40,7 +40,11 @@ def contrast_map(lm: "LM", edits: Sequence[Edit], progress: Progress) -> LayerMa
 
 
 def trace_map(lm: "LM", edits: Sequence[Edit], progress: Progress) -> LayerMap:
-    """Return what each state of the first fact brings back of its answer."""
+    """Return what each state of the first fact brings back of its answer.
+
+    Raises:
+        InvalidSetting: there are no facts.
+    """
     from retcon.locate.tracing.causal import causal_trace
 
     if not edits:

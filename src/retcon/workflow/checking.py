@@ -35,7 +35,11 @@ _TESTS: dict[str, TestOutcome] = {"passed": "passed", "off": "skipped", "unmeasu
 
 
 def check_edited(folder: Path) -> None:
-    """Refuse a folder of an edited model that is not there: better known before the base is loaded than after."""
+    """Refuse a folder of an edited model that is not there: better known before the base is loaded than after.
+
+    Raises:
+        InvalidSetting: there is none.
+    """
     if not folder.is_dir():
         raise InvalidSetting(f"{folder}: no such folder; give a merged checkpoint or an adapter")
 
@@ -89,7 +93,11 @@ def verdict_line(verdict: "Verdict") -> str:
 
 
 def check_report_name(path: Path) -> None:
-    """Refuse a report that is of no known kind, before the work."""
+    """Refuse a report that is of no known kind, before the work.
+
+    Raises:
+        InvalidSetting: another ending than .html, .md or .xml.
+    """
     if path.suffix.lower() not in ENDINGS:
         raise InvalidSetting(f"report {path}: expected a name that ends in {', '.join(ENDINGS)} (.xml is JUnit)")
 

@@ -33,7 +33,11 @@ Out = Annotated[str, typer.Option(metavar="STEM", help="Files to write: STEM.png
 
 
 def check_stem(stem: str, *inputs: Path | None) -> None:
-    """Check, before the work, that the three files can be written and are none of those read."""
+    """Check, before the work, that the three files can be written and are none of those read.
+
+    Raises:
+        InvalidSetting: they cannot, or one is an input.
+    """
     if not Path(stem).name or stem.endswith(("/", os.sep)):
         raise InvalidSetting(f"--out {stem}: expected the files' name without its ending, such as figures/contrast")
     for kind in ("png", "svg", "json"):
@@ -41,7 +45,11 @@ def check_stem(stem: str, *inputs: Path | None) -> None:
 
 
 def facts(model: str, cases: Path | None, reading: Reading, seed: int) -> Facts:
-    """Return the facts to probe with: a file's, or the embedded model's own."""
+    """Return the facts to probe with: a file's, or the embedded model's own.
+
+    Raises:
+        InvalidSetting: none are named, and the model has none of its own.
+    """
     if cases is not None:
         asked = read_facts(cases, reading)
         return replace(asked, about=asked.about.replace(str(cases), cases.name))

@@ -368,7 +368,11 @@ def reader(
 
 
 def _translator(format: str) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
-    """Return how rows of the user's own format become rows of ours."""
+    """Return how rows of the user's own format become rows of ours.
+
+    Raises:
+        InvalidSetting: no such format.
+    """
     try:
         own = named_function(format, ENTRY_POINTS, "format")
     except InvalidSetting as error:
@@ -387,7 +391,11 @@ def _translator(format: str) -> Callable[[Mapping[str, Any], str], Mapping[str, 
 
 
 def check_case_target(format: str, case_target: str) -> None:
-    """Refuse another answer than the new one, for a format that has no other."""
+    """Refuse another answer than the new one, for a format that has no other.
+
+    Raises:
+        InvalidSetting: another one is asked for.
+    """
     if case_target != "new":
         able = ", ".join(f.name for f in FORMATS.values() if "case_target" in f.settings)
         raise InvalidSetting(f"case target {case_target!r}: {format} has no alternative answers; {able} may")

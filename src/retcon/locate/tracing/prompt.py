@@ -154,7 +154,11 @@ def probability(logits: Float[Tensor, "n vocab"], answer: int) -> Float[Tensor, 
 
 
 def refuse_non_finite(prob: Float[Tensor, " n"], edit: Edit) -> Float[Tensor, " n"]:
-    """Return the probabilities on the CPU; one that is NaN or infinite is refused."""
+    """Probabilities, on the CPU.
+
+    Raises:
+        NonFinite: one is NaN or infinite.
+    """
     prob = prob.cpu()
     if not torch.isfinite(prob).all():
         raise NonFinite(f"edit {edit.id!r} ({edit.subject!r}): a probability is NaN or infinite; load a wider dtype")

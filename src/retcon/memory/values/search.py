@@ -177,7 +177,11 @@ def _say_offloading(max_active: int) -> None:
 
 
 def _with_less_memory(plan: SearchPlan, chunk: ChunkPlan, edits: Sequence[Edit], search: ValueSearch) -> SearchPlan:
-    """Return the plan to go on with after a chunk ran out of memory."""
+    """Return the plan to go on with after a chunk ran out of memory.
+
+    Raises:
+        OutOfMemory: it was one edit alone, or `search.shrink` allows no other plan.
+    """
     release_memory()
     smaller = plan.split_after_oom(chunk)
     if smaller is None:

@@ -384,7 +384,11 @@ def check_settings(method: Method) -> None:
 
 
 def check_as_trained(method: Method, trained: Method, given: Iterable[str]) -> None:
-    """Check that settings given beside an editor are those that it was trained with, which an edit takes."""
+    """Check that settings given beside an editor are those that it was trained with, which an edit takes.
+
+    Raises:
+        InvalidSetting: one is not; the message names it.
+    """
     for setting in given:
         value, there = method.settings[setting], trained.settings[setting]
         if value != there:

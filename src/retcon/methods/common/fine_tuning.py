@@ -200,7 +200,11 @@ class FineTuning(TuningSettings):
         return n_edits**-0.87028798 * math.exp(0.15589562) if self.power_law else self.weight_decay
 
     def trained(self, lm: LM) -> Iterator[int | Site]:
-        """Yield what is trained: sites, and the numbers of blocks that are trained whole."""
+        """Yield what is trained: sites, and the numbers of blocks that are trained whole.
+
+        Raises:
+            InvalidSetting: a layer or matrix the model does not have.
+        """
         check_depth(self.name, lm, self.layers)
         layers = self.layers or range(lm.n_layers)
         for layer in layers:

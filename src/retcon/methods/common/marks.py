@@ -15,7 +15,11 @@ def marked(state: Mapping[str, Tensor], lm: LM, **marks: str | float) -> dict[st
 
 
 def unmarked(method: str, state: Mapping[str, Tensor], lm: LM, remedy: str, **marks: str | float) -> dict[str, Tensor]:
-    """Return a state without its marks. A mark that it lacks, as one of an earlier version does, is not compared."""
+    """Return a state without its marks. A mark that it lacks, as a state of an earlier version does, is not compared.
+
+    Raises:
+        DeltaMismatch: it was made on another model, or with another value of a mark.
+    """
     wanted = _texts(lm, marks)
     for name, value in wanted.items():
         found = bytes(state[name].tolist()).decode() if name in state else value

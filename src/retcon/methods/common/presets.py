@@ -68,7 +68,11 @@ def user_folder() -> Path:
 
 
 def preset_named(name: str, preset: str) -> Preset:
-    """Return the preset of that full name."""
+    """Return the preset of that full name.
+
+    Raises:
+        UnknownPreset: there is none.
+    """
     known = presets(name)
     for candidate in known:
         if candidate.name == preset:

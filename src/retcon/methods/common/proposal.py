@@ -210,7 +210,11 @@ def sites_of(
 
 
 def only_one(name: str, edits: Sequence[Edit]) -> None:
-    """Check that a method that writes one fact is handed no more."""
+    """Check that a method that writes one fact is handed no more.
+
+    Raises:
+        InvalidEdit: it is.
+    """
     if len(edits) > 1:
         raise InvalidEdit(
             f"{name} writes one fact at a time, found {len(edits)} edits; retcon.in_steps({name}, lm, "
@@ -225,6 +229,9 @@ def target_tensor(
 
     Through a norm no write can bring the block's output to a wanted value. Routed experts have no output of their own
     to measure at: there it is the block's.
+
+    Raises:
+        InvalidSetting: routed experts would be written, and a norm or a factor is between them and the block's output.
     """
     if experts := [lm.kinds[layer] for layer in layers if layer < lm.n_layers and is_routed(lm, layer, routed)]:
         if between := what_stands_between(experts):

@@ -53,7 +53,11 @@ def list_methods() -> list[str]:
 
 
 def method_class(name: str) -> type["Method"]:
-    """Return the class registered under a name, or the one that "module:Class" names."""
+    """Return the class registered under a name, or the one that "module:Class" names.
+
+    Raises:
+        UnknownMethod: there is none, or it is no method.
+    """
     from retcon.methods.common.contract import Method
 
     try:

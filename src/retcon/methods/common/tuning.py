@@ -166,6 +166,9 @@ def check_no_end(name: str, edits: Sequence[Edit], why: str) -> None:
 
     Args:
         why: what the method does instead, after its name.
+
+    Raises:
+        InvalidSetting: one does; the message names the edit.
     """
     asking = next((edit for edit in edits if edit.chat is not None and edit.chat.train_end), None)
     if asking is not None:
@@ -230,6 +233,9 @@ def sites_of_kinds(
 
     Args:
         routed: as in `LM.sites`.
+
+    Raises:
+        InvalidSetting: no layer has a matrix of a kind.
     """
     found = [site for layer in layers for kind in kinds for site in lm.sites(layer, kind, routed=routed)]
     for kind in kinds:
@@ -247,7 +253,11 @@ def memory_note(n_values: int, bytes_per_value: int = Method.bytes_per_value) ->
 
 
 def check_memory(name: str, lm: LM, n_values: int, bytes_per_value: int = Method.bytes_per_value) -> None:
-    """Check that `n_values` trained values and their optimiser state fit into the free memory beside the model."""
+    """Check that `n_values` trained values and their optimiser state fit into the free memory beside the model.
+
+    Raises:
+        OutOfMemory: they do not; the message gives the figures.
+    """
     needed, free = bytes_per_value * n_values, free_bytes(lm.device)
     if needed > free:
         raise OutOfMemory(

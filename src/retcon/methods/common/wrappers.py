@@ -43,7 +43,11 @@ class Filter(Method):
 
     @property
     def wrapped(self) -> Method:
-        """The base method with its settings."""
+        """The base method with its settings.
+
+        Raises:
+            InvalidSetting: it goes on with its own change, of which the filter leaves less in the weights.
+        """
         base = build(self.base_method, self.base_settings)
         if base.state_is_change:
             raise InvalidSetting(
@@ -53,7 +57,11 @@ class Filter(Method):
         return base
 
     def update_of_base(self, proposed: Attachment) -> Delta:
-        """Return what the base method proposed, which has to be a change on top of the applied deltas."""
+        """Return what the base method proposed, which has to be a change on top of the applied deltas.
+
+        Raises:
+            InvalidSetting: it acts beside the weights, or replaces earlier deltas.
+        """
         (delta,) = only_deltas([proposed], self.name)
         if delta.supersedes:
             raise InvalidSetting(
