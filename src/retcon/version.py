@@ -1,6 +1,6 @@
 """The version of retcon, where every module can read it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -482,6 +482,22 @@ def test_another_benchmark_in_the_directory_is_refused_with_what_differs(spec: B
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 4
 
 
+def test_records_of_another_version_say_which_wrote_them(
+    spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_bench(spec, tmp_path)
+    run = read_bench(tmp_path).runs[0]
+    records = run.directory / "records.jsonl"
+    records.write_text(records.read_text().replace('"query_id"', '"query"'))
+    with pytest.raises(MalformedFile) as same:
+        read_bench(tmp_path).runs[0].at("pre")
+    assert "run it again" not in str(same.value)
+    made_by = run.manifest["versions"]["retcon"]
+    monkeypatch.setattr("retcon.bench.directory.__version__", "99.0")
+    with pytest.raises(MalformedFile, match=f"retcon {made_by} wrote this benchmark and this is 99.0"):
+        read_bench(tmp_path).runs[0].at("pre")
+
+
 def test_a_machine_that_changed_is_said(spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_bench(spec, tmp_path / "out")
     monkeypatch.setattr(running, "environment", lambda command: {"threads": 99, "command": "x"})

@@ -12,6 +12,7 @@ from retcon.bench.manifest import read_manifest
 from retcon.errors import MalformedFile
 from retcon.evaluation.records import Record, read_records
 from retcon.files import read_json_rows
+from retcon.version import __version__
 
 MANIFEST = "manifest.json"
 """What was asked, of a benchmark and of each of its runs."""
@@ -32,7 +33,14 @@ class Run:
 
     @cached_property
     def _read(self) -> tuple[list[Record], dict[str, Any]]:
-        return read_records(self.directory / FINISHED)
+        try:
+            return read_records(self.directory / FINISHED)
+        except MalformedFile as error:
+            made_by = self.manifest["versions"]["retcon"]
+            if made_by == __version__:
+                raise
+            again = f"retcon {made_by} wrote this benchmark and this is {__version__}; run it again with --force"
+            raise MalformedFile(f"{error}; {again}") from None
 
     @property
     def records(self) -> list[Record]:
