@@ -1,6 +1,8 @@
 """What a model's identity depends on, what it does not, and the cache beside it."""
 
+import itertools
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,23 @@ def test_pieces_of_a_tensor_are_hashed_in_order(monkeypatch: pytest.MonkeyPatch)
     weight = other.model.embed_tokens.weight.data.view(-1)
     weight[:250], weight[250:500] = weight[250:500].clone(), weight[:250].clone()
     assert one != fingerprint(other)
+
+
+def test_several_tensors_are_hashed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most are a piece or two: by themselves they leave all threads but one or two idle."""
+    model = tiny_model("llama", torch.float32)
+    wanted, alone, met = fingerprint(model), module._digest, threading.Barrier(4)
+
+    def meeting(piece: memoryview) -> bytes:
+        if not met.broken and next(calls) < 4:
+            met.wait(timeout=20)
+        return alone(piece)
+
+    calls = itertools.count()
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(module, "_digest", meeting)
+    assert fingerprint(model) == wanted
+    assert not met.broken
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ A checkpoint in bfloat16 that is loaded in float32 has the identity of the check
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _NOT_IDENTITY = {
 """Settings that do not enter a forward pass; callers set some of them (`pad_token_id`), transformers the others."""
 PIECE = 2**26
 """Bytes that one thread hashes at a time."""
+AHEAD = 4
+"""Pieces, and names beside them, that are waited for at once, for every thread; what they are pieces of is held."""
 FINGERPRINTS = Kind("fingerprint", format=2, computation=3)
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Places of a file that are read to see whether it is still the file that was hashed."""
@@ -81,7 +84,7 @@ def fingerprint(
 ) -> str:
     """Return the SHA-256 over config and every parameter and buffer (name, dtype, shape, bytes), as hexadecimal digits.
 
-    Tensors are hashed in pieces, on as many threads as there are cores.
+    Tensors are hashed in pieces, on as many threads as there are cores, several tensors at a time.
 
     Args:
         stored: the checkpoint that the model was read from. A tensor counts as it is stored there, whatever dtype it
@@ -108,18 +111,41 @@ def fingerprint(
                 "be edited; load it so that nothing is offloaded: on more or larger cards, in a smaller dtype or packed"
             )
     tied = _names_by_storage(model)
-    digest = hashlib.sha256()
-    digest.update(json.dumps(_settings(model.config), sort_keys=True, default=str).encode())
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+
+    def counted() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
             if name in packed:
-                own = packed[name].floats()
+                yield name, packed[name].floats()
             else:
-                own = tensor if stored is None else _as_stored(tensor, stored, _names(model, name, tensor, tied))
-            digest.update(f"{name}:{own.dtype}:{tuple(own.shape)}".encode())
-            for piece in threads.map(lambda part: hashlib.sha256(part).digest(), _pieces(own)):
-                digest.update(piece)
+                yield name, tensor if stored is None else _as_stored(tensor, stored, _names(model, name, tensor, tied))
+
+    digest = hashlib.sha256()
+    digest.update(json.dumps(_settings(model.config), sort_keys=True, default=str).encode())
+    for part in _hashed(counted()):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def _hashed(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]:
+    """Yield what a fingerprint takes in of every tensor: name, dtype and shape, and the digest of each piece.
+
+    Most tensors are one or two pieces, so that threads are kept busy only by the pieces of tensors that follow.
+    """
+    n_threads = os.cpu_count() or 1
+    waiting: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(n_threads) as threads:
+        for name, tensor in tensors:
+            waiting.append(threads.submit(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode))
+            for piece in _pieces(tensor):
+                waiting.append(threads.submit(_digest, piece))
+                while len(waiting) > AHEAD * n_threads:
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _digest(piece: memoryview) -> bytes:
+    return hashlib.sha256(piece).digest()
 
 
 def _as_stored(tensor: Tensor, stored: StoredTensors, names: Sequence[str]) -> Tensor:
