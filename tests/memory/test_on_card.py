@@ -9,10 +9,11 @@ from torch.testing import assert_close
 
 from retcon import audit
 from retcon.delta import Dense, LowRank
-from retcon.memory import solve
+from retcon.lm.prompts import Row
+from retcon.memory import collect, solve
 from retcon.methods.prune import singular_values
 from retcon.methods.rect import Rect
-from tests.card import CARD, Card
+from tests.card import CARD, Card, both
 
 M = 40
 
@@ -97,3 +98,18 @@ def test_an_audit_counts_ranks_on_the_card(card: Card, randn: Callable[..., Tens
     difference, stored = randn(30, 2) @ randn(2, 20), torch.ones(30, 20)
     assert audit._rank(difference, stored, CARD) == audit._rank(difference, stored, solve.CPU) == 2
     assert "_linalg_svd" in card.ran
+
+
+def test_second_moments_are_finished_on_the_card(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(collect.CHUNK_TOKENS, device, 20)
+    monkeypatch.setattr(collect, "free_bytes", lambda device: 2**40)
+    rows = [Row(tuple(range(3, 3 + n)), n) for n in (5, 9, 12, 7, 17)]
+    wanted, found = (
+        [one for _, one in collect.collect(lm, [lm.site(1, "down_proj"), lm.site(2, "o_proj")], rows)] for lm in both()
+    )
+    assert card.to_host == len(found)  # the moments themselves
+    for one, other in zip(found, wanted, strict=True):
+        assert type(one.moment) is Tensor
+        assert_close(one.moment, other.moment, rtol=1e-6, atol=1e-9)
+        assert one.convergence == pytest.approx(other.convergence, rel=1e-5)

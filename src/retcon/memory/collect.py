@@ -335,13 +335,13 @@ class _Sum:
 
     def keep_half(self) -> None:
         """Remember the sum as it is now, which is the first half's."""
-        self.half = [total.to("cpu", torch.float32) for total in self.total]
+        self.half = [total.to(torch.float32) for total in self.total]
 
     def result(self, n_first: int, n: int) -> Collected:
-        """Return the moment over n tokens, n_first of them the first half's."""
-        moment = torch.empty(self.d, self.d, dtype=torch.float64)
-        for block, start, end in zip(self.total, self.edges, self.edges[1:], strict=False):
-            block = block.cpu() / n
+        """Return the moment over n tokens, n_first of them the first half's; worked out where the sums are."""
+        moment = self.total[0].new_empty(self.d, self.d)
+        for total, start, end in zip(self.total, self.edges, self.edges[1:], strict=False):
+            block = total / n
             block[:, start:] = block[:, start:].tril() + block[:, start:].tril(-1).T
             moment[start:end, :end] = block
             moment[:start, start:end] = block[:, :start].T
@@ -350,13 +350,14 @@ class _Sum:
         if self.site.expert is not None:
             moment = with_few_tokens(moment, self.n_routed)
         if not self.half:
-            return Collected(moment, None, self.n_routed)
-        squares = 0.0
+            return Collected(moment.cpu(), None, self.n_routed)
+        squares = moment.new_zeros(())
         for total, half, start in zip(self.total, self.half, self.edges, strict=False):
+            half = half.to(total.device)
             change = half.double() / n_first
-            change -= (total.cpu() - half) / (n - n_first)
-            squares += 2 * float(change.square().sum()) - float(change[:, start:].square().sum())
-        return Collected(moment, float(squares**0.5 / moment.norm()), self.n_routed)
+            change -= (total - half) / (n - n_first)
+            squares += 2 * change.square().sum() - change[:, start:].square().sum()
+        return Collected(moment.cpu(), float(squares) ** 0.5 / float(moment.norm()), self.n_routed)
 
 
 UNSEEN = 1e12
@@ -376,7 +377,7 @@ def with_few_tokens(moment: Float[Tensor, "d_ff d_ff"], n_routed: int) -> Float[
     width = len(moment)
     if n_routed >= TOKENS_WANTED * width:
         return moment
-    identity = torch.eye(width, dtype=moment.dtype)
+    identity = torch.eye(width, dtype=moment.dtype, device=moment.device)
     return moment + 0.01 * moment.trace() / width * identity if n_routed else UNSEEN * identity
 
 
@@ -440,7 +441,7 @@ def _save(path: Path, state: _State, sums: dict[Site, _Sum]) -> None:
     tensors: dict[str, Tensor] = {}
     for site, site_sum in sums.items():
         tensors |= {f"{site.id}:{i}": total.cpu() for i, total in enumerate(site_sum.total)}
-        tensors |= {f"{site.id}:{i}:half": half for i, half in enumerate(site_sum.half)}
+        tensors |= {f"{site.id}:{i}:half": half.cpu() for i, half in enumerate(site_sum.half)}
         tensors[f"{site.id}:routed"] = torch.tensor(site_sum.n_routed)
     about = {"n_done": state.n_done, "planned": state.planned, "budget": state.budget}
     keep(path, PARTIAL_SUMS, {"digest": state.digest}, tensors, about)
