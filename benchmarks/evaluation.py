@@ -2,34 +2,114 @@
 
     python -m benchmarks.evaluation --model demo:gptj
     python -m benchmarks.evaluation --model PATH --data counterfact-edit.json --n 1000
+    python -m benchmarks.evaluation --model demo:gptj --native --n 64      # in the shape of native CounterFact's cases
 
 The plain way of scoring is one forward pass per prompt and answer with the head at every position, as released
 evaluation code does it. FLOPs are counted from the tokens that each way puts through the network: 2 per weight and
 token in the blocks, 2 per weight of the head and position that the head is applied to; attention products are left
-out (short prompts). The ratio asked for is the plain way's time over ours, against the same ratio of FLOPs.
+out (short prompts). The ratio asked for is the plain way's time over ours, against the same ratio of FLOPs. The floor
+of an evaluation is every distinct beginning of prompts and answers once, whatever batches they are in, and every token
+that is written.
 """
 
 import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 
 import retcon
 from benchmarks.common import cases_of, command_line, machine, timed
-from retcon.edits import Case
+from benchmarks.moments import product_rates
+from retcon import world
+from retcon.edits import Case, Query
 from retcon.evaluation import Measures, evaluate
 from retcon.evaluation.plan import plan_queries
 from retcon.evaluation.records import Record, read_records, write_records
 from retcon.evaluation.score import TokenScore, score_rows
+from retcon.lm.decoding import write_tokens
 from retcon.lm.forward import Places, logits_at
 from retcon.lm.model import LM
 from retcon.lm.prompts import Batch, Row
 
 N_RECORDS = 780_000
+BEFORE_A_PARAPHRASE = ("The train was late again. ", "It had rained all day. ")
+"""CounterFact's paraphrases follow a sentence about something else."""
+NEIGHBOURS = 10
+
+
+def native_cases(n: int) -> list[Case]:
+    """Return n cases in the shape of native CounterFact's, of the embedded world's facts: the edit's own prompt, two
+    paraphrases, ten neighbours, and a prompt after which the model writes freely (`NATIVE`)."""
+    drawn = world.cases(n * (1 + NEIGHBOURS))
+    return [_native(case, drawn[n + i * NEIGHBOURS :][:NEIGHBOURS]) for i, case in enumerate(drawn[:n])]
+
+
+NATIVE = Measures(generate=False, fluency=("flu.new",))
+"""What is measured of native CounterFact's cases: probabilities, and free text."""
+
+
+def _native(case: Case, neighbours: Sequence[Case]) -> Case:
+    (edit,) = case.edits
+    scored = [("rewrite/0", edit.text)]
+    scored += [(f"paraphrase/{i}", before + edit.text) for i, before in enumerate(BEFORE_A_PARAPHRASE)]
+    queries = [Query(id_, id_.partition("/")[0], prompt, edit.target_new, edit.target_true) for id_, prompt in scored]
+    queries += [
+        Query(f"neighborhood/{i}", "neighborhood", other.edits[0].text, edit.target_true, edit.target_new)
+        for i, other in enumerate(neighbours)
+    ]
+    return Case(case.id, case.edits, (*queries, Query("generation/0", "generation", edit.text)), "counterfact")
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What an evaluation cannot do without."""
+
+    read: float
+    """FLOPs of every distinct beginning of prompts and answers, once, and of the head where answers are predicted."""
+    written: float
+    """FLOPs of the tokens that the model writes."""
+    passes: int
+    """Forward passes that come one after the other, in which the longest text is written."""
+
+    def seconds(self, rate: float, weights_read: float = 0.0) -> float:
+        """Return the least time at `rate` FLOP/s, where reading the weights once takes `weights_read` seconds."""
+        return self.read / rate + max(self.written / rate, self.passes * weights_read)
+
+
+def floor_of(lm: LM, cases: Sequence[Case], measures: Measures, written: Sequence[int]) -> Floor:
+    """Return the floor of an evaluation in which the model wrote texts of so many tokens."""
+    counter, queries = Counter(lm), plan_queries(lm, list(cases), measures).queries
+    rows = [row.ids for q in queries for row in q.rows]
+    texts = [ids[:-1] for ids in rows] + [lm.encode(q.query.prompt).ids for q in queries]
+    predicted = {row.ids[: t + 1] for q in queries for row in q.rows for t in range(row.prediction, len(row.ids) - 1)}
+    read = counter.per_token * len({ids[: t + 1] for ids in texts for t in range(len(ids))})
+    return Floor(
+        read=read + counter.per_position * len(predicted),
+        written=counter.per_token * sum(n - 1 for n in written) + counter.per_position * sum(written),
+        passes=max(written, default=1) - 1,
+    )
+
+
+@contextmanager
+def noting_texts() -> Iterator[list[int]]:
+    """Give the lengths, in tokens, of the texts that are written while the scope lasts."""
+    lengths: list[int] = []
+
+    def noted(*args: Any) -> list[list[int]]:
+        found = write_tokens(*args)
+        lengths.extend(map(len, found))
+        return found
+
+    with mock.patch("retcon.lm.generate.write_tokens", noted):
+        yield lengths
 
 
 def plainly(lm: LM, rows: list[Row]) -> list[TokenScore]:
@@ -85,20 +165,27 @@ def scoring(lm: LM, cases: list[Case]) -> None:
     same = sum(x.pred == y.pred for x, y in zip(ours, plain, strict=True)) / len(ours)
     ratio, flops = slow / fast, plain_flops.flops() / ours_flops
     print(f"scoring {len(rows):,} prompts with answers: {fast:.2f} s, one at a time {slow:.2f} s")
-    print(f"  {ratio:.1f} times faster; {flops:.1f} times fewer FLOPs; {100 * ratio / flops:.0f} % of that ratio")
+    print(
+        f"  {ratio:.1f} times faster; {ours_flops / 1e9:.0f} GFLOP, one at a time {plain_flops.flops() / 1e9:.0f}: "
+        f"{flops:.1f} times fewer; {100 * ratio / flops:.0f} % of that ratio"
+    )
     print(f"  log-probabilities at most {apart:.1e} apart, choices the same in {100 * same:.2f} %")
 
 
-def end_to_end(lm: LM, cases: list[Case]) -> None:
-    """Time `evaluate` of the unedited model, without and with the model's own answers."""
-    for generate in (False, True):
+def end_to_end(lm: LM, cases: list[Case], ways: dict[str, Measures]) -> None:
+    """Time `evaluate` of the unedited model, and set it against the floor."""
+    rate = max(product_rates(lm).values())
+    for how, measures in ways.items():
         started, processor = time.perf_counter(), time.process_time()
-        found = evaluate(lm, cases, generate=generate, stops=("\n", "."))
+        with noting_texts() as written:
+            found = evaluate(lm, cases, measures=measures)
         took, processor = time.perf_counter() - started, time.process_time() - processor
-        how = "with written answers" if generate else "teacher forcing only"
+        least, n = floor_of(lm, cases, measures, written), sum(written)
         print(
             f"evaluating {len(cases):,} cases, {how}: {took:.1f} s, {processor:.1f} s of the processor "
-            f"({len(found.records):,} records)"
+            f"({len(found.records):,} records)\n"
+            f"  floor: {least.read / 1e9:.1f} GFLOP to read, {least.written / 1e9:.1f} to write {n:,} tokens: "
+            f"{least.seconds(rate):.2f} s at the {rate / 1e9:.0f} GFLOP/s of products"
         )
 
 
@@ -124,12 +211,18 @@ def record_files() -> None:
 def main() -> None:
     parser = command_line(__doc__, cases=True)
     parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--native", action="store_true", help="the world's facts in the shape of native CounterFact's")
     args = parser.parse_args()
     lm = retcon.load(args.model)
-    cases = cases_of(args.data, args.start, args.n, args.seed)
+    cases = native_cases(args.n) if args.native else cases_of(args.data, args.start, args.n, args.seed)
+    stops = ("\n", ".")
+    ways = {
+        "teacher forcing only": Measures(generate=False, stops=stops),
+        "with written answers": Measures(stops=stops),
+    }
     print(f"{args.model}; {machine()}\n")
     scoring(lm, cases)
-    end_to_end(lm, cases)
+    end_to_end(lm, cases, {"with free text": NATIVE} if args.native else ways)
     record_files()
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:,.0f} MB")
 

@@ -24,12 +24,14 @@ import torch
 import retcon
 from benchmarks import released_jeep
 from benchmarks.common import command_line, dtype_on, jeep_of, machine, print_row, timed
+from benchmarks.evaluation import NATIVE, floor_of, native_cases, noting_texts
 from benchmarks.fast_path import floor
 from benchmarks.large_models import count, identity, prepared, settings
-from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows
+from benchmarks.moments import SHAPES, product_rates, random_lm, random_rows, seconds_of
 from retcon import world
 from retcon.edits import Edit
 from retcon.errors import LargeChange
+from retcon.evaluation import Measures
 from retcon.lm.batches import release_memory
 from retcon.lm.fingerprint import fingerprint
 from retcon.lm.model import LM
@@ -161,6 +163,10 @@ class Card:
                 f"{launches} / {waits} / {uploads}; {shapes}",
                 "0 waits; 4",
             )
+        few = edits[:2]
+        took = self.seconds(lambda: search_values_reference(lm, few, places, contexts, search)) / len(few)
+        gain = f"{1000 * took:.0f} ms, {1000 * took / self.an_edit[name]:.1f} times ours"
+        yield f"plain path, one edit, {size.steps} steps", name, gain, ""
 
     def _in_pieces(self, lm: LM, edits: Sequence[Edit], search: Callable[[Sequence[Edit]], Values]) -> str:
         """Say what a search takes without captured steps and with them, and that both find the same."""
@@ -227,8 +233,10 @@ class Card:
         yield f"Cholesky factor, {width:,} wide, to and from the card", name, f"{took:.2f} s", ""
 
     def start(self, name: str) -> Iterator[Row]:
-        """Time what precedes a first edit, and a MEMIT edit after it."""
-        lm = self.model(name)
+        """Time what precedes a first edit, and a MEMIT edit with it and after it."""
+        known = self.model(name)
+        known.release()
+        lm = self.lm = LM(known.model, known.tokenizer, name=name)  # nothing is known of it yet
         took = self.seconds(lambda: fingerprint(lm.model))
         gib = sum(p.nbytes for p in lm.model.parameters()) / 2**30
         yield f"fingerprint of {gib:.2g} GiB, from the card", name, f"{took:.1f} s", "4 s"
@@ -241,12 +249,26 @@ class Card:
             yield f"MEMIT, one edit, {how}", name, f"{took:.1f} s", wanted
 
     def evaluation(self, name: str) -> Iterator[Row]:
-        """Time cases of the embedded world, free text included."""
+        """Time cases of the embedded world and those of CounterFact's shape, text included, and count their floors."""
         lm, n = self.model(name), self.size.n_cases
-        cases = world.cases(n)
-        retcon.evaluate(lm, cases[:2])
-        took = self.seconds(lambda: retcon.evaluate(lm, cases))
-        yield f"evaluate, {n} cases", name, f"{1000 * took / n:.0f} ms a case", "25 ms"
+        rate = max(product_rates(lm).values())
+        weights_read = sum(p.nbytes for p in lm.model.parameters()) / self.bandwidth()
+        for kind, cases, measures, wanted in (
+            ("of the world", world.cases(n), Measures(), "25 ms"),
+            ("as native CounterFact has", native_cases(n), NATIVE, ""),
+        ):
+            ask = partial(retcon.evaluate, lm, cases, measures=measures)
+            retcon.evaluate(lm, cases[:2], measures=measures)
+            with noting_texts() as written:
+                took = self.seconds(ask)
+            least = floor_of(lm, cases, measures, written).seconds(rate, weights_read)
+            shown = f"{1000 * took / n:.0f} ms a case; floor {1000 * least / n:.2g} ms"
+            yield f"evaluate, {n} cases {kind}, {sum(written):,} tokens written", name, shown, wanted
+
+    def bandwidth(self) -> float:
+        """Return bytes a second at which the device's memory is read and written in one copy."""
+        x = torch.empty(2**30 if self.device.type == "cuda" else 2**26, dtype=torch.uint8, device=self.device)
+        return 2 * x.nbytes / seconds_of(x.clone, self.device, 3)
 
 
 def parts(card: Card) -> list[tuple[str, float, Callable[[], Iterator[Row]]]]:

@@ -2,13 +2,18 @@
 
 import re
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import gpu, released_jeep
+from benchmarks import evaluation, gpu, released_jeep
 
+from retcon.edits import Case, Query
 from retcon.errors import InvalidSetting, OutOfMemory
+from retcon.evaluation import Measures
+from retcon.lm.model import LM
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
@@ -30,12 +35,36 @@ def test_every_part_runs_and_checks_its_results(capsys: pytest.CaptureFixture[st
         "search, 2 edits",
         "fingerprint",
         "MEMIT",
-        "evaluate",
+        "evaluate, 1 cases of the world",
+        "evaluate, 1 cases as native CounterFact has",
+        "ms a case; floor",
+        "plain path, one edit",
         "moments of",
         "Cholesky",
     ):
         assert part in printed, part
     assert "| 0.00 / " in printed or " / 0.00 / " in printed  # no step waits
+
+
+def test_the_floor_of_an_evaluation_counts_each_beginning_once(tiny: Callable[..., LM]) -> None:
+    lm = tiny("gptj", torch.float32)
+    counter = evaluation.Counter(lm)
+    queries = Query("rewrite/0", "rewrite", "a b c", " d", " e"), Query("two_hop/0", "two_hop", "a b f")
+    ids = [lm.encode(text).ids for text in ("a b c d", "a b c e", "a b f")]
+    assert list(map(len, ids)) == [6, 7, 5]
+    found = evaluation.floor_of(lm, [Case("a", (), queries)], Measures(), [4, 1])
+    read, predicted = 6 + 1, 2  # "a b c", the space before "e", and "f" after "a b "; what follows "c" and that space
+    assert found.read == counter.per_token * read + counter.per_position * predicted
+    assert found.written == counter.per_token * 3 + counter.per_position * 5
+    assert found.seconds(found.read, 7.0) == 1 + 3 * 7.0  # weights are read in every pass
+
+
+def test_native_cases_have_counterfact_s_shape() -> None:
+    cases = evaluation.native_cases(2)
+    for case in cases:
+        assert Counter(q.axis for q in case.queries) == Counter(rewrite=1, paraphrase=2, neighborhood=10, generation=1)
+    asked = [q.prompt for case in cases for q in case.queries if q.axis == "neighborhood"]
+    assert len(set(asked)) == 20
 
 
 @pytest.mark.filterwarnings("ignore")
