@@ -9,7 +9,7 @@ second moments are the identity. The rate counts what the search cannot do witho
 against the best matrix product of the model's dtype measured in the same run. Beside it is what a step asks of the
 host, counted on the edits that are searched at once (`counting.py`): operators that run something, times that the host
 waits for the device, tensors made from Python's numbers, and in how many shapes the steps of a chunk are run. With
-`--pace card` a CPU runs its steps as a card would.
+`--pace card` a CPU runs its steps as a card would, fused operations included.
 """
 
 import warnings
@@ -28,6 +28,7 @@ from retcon.edits import Edit
 from retcon.errors import LargeChange
 from retcon.lm.model import LM
 from retcon.lm.peak import Peak
+from retcon.lm.replay import fused
 from retcon.lm.site import Site
 from retcon.memory.contexts import Contexts, sample_contexts
 from retcon.memory.moments import GivenMoments
@@ -84,6 +85,7 @@ def as_on_a_card() -> None:
     """Let a CPU run its steps as a card would, for the rest of the process."""
     schedule.LOOK_EVERY.clear()
     schedule.MAX_SHAPES.clear()
+    fused.OWN_CODE_ON.clear()
 
 
 def count(

@@ -4,10 +4,14 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.counting import Counts
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +22,7 @@ from retcon.lm.forward import Point, logits_at, unplanned_attention
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import capture_states, replaying
-from retcon.lm.replay.attention import fused
+from retcon.lm.replay.fused import fused
 from retcon.memory.values.captured import Capture
 from retcon.memory.values.objective import ValueOf, ValueSearch
 from retcon.memory.values.rows import EditRows
@@ -151,8 +155,35 @@ def test_fused_attention_gives_what_the_blocks_own_code_gives(dtype: torch.dtype
     assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["gptj", "gpt2", "llama", "gemma2"])
+def test_activation_and_normalisation_are_one_operation_each(family: str, tiny: Callable[..., LM]) -> None:
+    lm = tiny(family, torch.float32)
+    rows = [Row(tuple(range(5, 5 + n)), n) for n in (9, 12, 7)]
+    states, _ = capture_states(lm, rows, [3, 5, 0], 1, {})
+    places = (torch.tensor([0, 1, 2]), torch.tensor([5, 6, 6]))
+    found = []
+    for scope in (nullcontext, partial(fused, lm, 1)):
+        x = states.states.clone().requires_grad_()
+        with lm.frozen_eval(), replaying(lm, replace(states, states=x)) as inputs, scope(), Counts() as counts:
+            logits = logits_at(lm, inputs, places)
+            (gradient,) = torch.autograd.grad(logits.square().sum(), [x])
+        found.append((logits.detach(), gradient, counts.mark()))
+    (wanted, wanted_gradient, before), (logits, gradient, after) = found
+    assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
+    assert_close(gradient, wanted_gradient, rtol=1e-4, atol=1e-5)
+    if family in ("gptj", "gpt2"):
+        assert before["tanh"] > 0 == after["tanh"]
+    kinds = {"llama": "LlamaRMSNorm", "gemma2": "Gemma2RMSNorm"}
+    norms = [m for m in lm.block(1).modules() if type(m).__name__ == kinds.get(family)]
+    with fused(lm, 1):  # Gemma's is another formula
+        assert ["forward" in vars(m) for m in norms] == [family == "llama"] * len(norms)
+        if family == "llama":
+            half = torch.ones(1, len(norms[0].weight), dtype=torch.bfloat16)
+            assert norms[0](half).dtype == torch.float32  # as the model's own code has it
+
+
 def test_other_families_are_left_alone(tiny: Callable[..., LM]) -> None:
-    lm = tiny("llama")
+    lm = tiny("gpt_neox")
     before = [dict(vars(m)) for m in lm.model.modules()]
     with fused(lm, 0):
         assert [dict(vars(m)) for m in lm.model.modules()] == before

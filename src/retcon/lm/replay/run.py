@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retcon.lm.forward import Inputs, Places
 from retcon.lm.model import LM
-from retcon.lm.replay.attention import fused
+from retcon.lm.replay.fused import OWN_CODE_ON, fused
 from retcon.lm.replay.states import Replayable
 from retcon.lm.scopes import method_as
 from retcon.lm.site import SiteName
@@ -39,7 +39,7 @@ def replaying(
         planned: the shapes are those of many passes, so that a card's plans for them are worth making.
     """
     with _blocks_below_answer(lm, state), ExitStack() as stack:
-        if lm.device.type != "cpu":  # where it is no faster (BENCHMARKS.md, 5)
+        if lm.device.type not in OWN_CODE_ON:
             stack.enter_context(fused(lm, state.first))
         if ends is not None and state.first < lm.n_layers:
             _end_at(lm, state, ends, stack)
