@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from pickle import dumps, loads
 from typing import Any
 
 import pytest
@@ -30,6 +31,9 @@ from retcon.lm import batches
 from retcon.lm.generate import Writing, generate
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
+from retcon.lm.site import Unit
+from retcon.locate import attribution
+from retcon.locate.attribution import Attribution, attribute
 from retcon.memory import collect
 from retcon.memory.collect import Collected, SumOfChunk
 from retcon.memory.values import plan
@@ -497,3 +501,42 @@ def test_processes_draw_the_same_text(two: Processes, lm: LM, edits: list[Edit])
     wanted = generate(lm, prompts, how, seeds=range(len(edits)), max_batch_tokens=32)
     with working_on(lm, two):
         assert generate(lm, prompts, how, seeds=range(len(edits)), max_batch_tokens=32) == wanted
+
+
+@pytest.mark.parametrize("unit", ["row", "entry"])
+def test_processes_give_the_same_attribution(
+    two: Processes, lm: LM, edits: list[Edit], unit: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = [lm.site(1, "down_proj"), lm.site(3, "q_proj")]
+    monkeypatch.setattr(attribution, "MAX_BATCH_TOKENS", 40)
+    how = Attribution(n_points=4)
+    heard: list[int] = []
+    pieces = []
+
+    class Noted:
+        def map(self, lm, work, given, progress):  # type: ignore[no-untyped-def]
+            pieces.extend(given)
+            return two.map(lm, work, given, progress)
+
+    with lm.edited(propose(lm, edits[:1])):
+        wanted = attribute(lm, edits, sites, how, unit)
+        with working_on(lm, Noted()):
+            found = attribute(lm, edits, sites, how, unit, progress=lambda done, _: heard.append(done))
+    assert len(pieces) > 2
+    assert heard[-1] == len(edits)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_an_expert_s_attribution_travels_by_its_name(tiny: Callable[..., LM], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sending(Here):
+        def map(self, lm, work, pieces, progress):  # type: ignore[no-untyped-def]
+            return ((i, loads(dumps(work))(lm, piece, progress)) for i, piece in enumerate(pieces))
+
+    lm = tiny("mixtral", torch.float32)
+    sites, facts = lm.expert_sites(1), [Edit("The capital of {} is", who, "Rome") for who in ("France", "Peru")]
+    monkeypatch.setattr(attribution, "MAX_BATCH_TOKENS", 1)
+    wanted = attribute(lm, facts, sites, Attribution(n_points=2))
+    monkeypatch.setattr(attribution, "Here", Processes)  # so that this process counts as another place
+    with working_on(lm, Sending()):
+        found = attribute(lm, facts, sites, Attribution(n_points=2))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

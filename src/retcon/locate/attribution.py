@@ -14,7 +14,7 @@ which is formed for one matrix at a time.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -29,10 +29,10 @@ from retcon.lm.hooks import hooked
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
 from retcon.lm.replay import ReplayState, flat_places, replaying
-from retcon.lm.site import Site, Unit
+from retcon.lm.site import Site, SiteName, Unit
 from retcon.locate.gradients import Captured, catch
 from retcon.training.objective import Answer, answer_rows
-from retcon.work import silent
+from retcon.work import Here, in_order, silent
 
 Scaling = Literal["layer", "joint", "local"]
 """What is scaled together along the integral."""
@@ -136,16 +136,15 @@ def attribute(
     totals: dict[str, Tensor] = {}
     done = 0
     with lm.frozen_eval():
-        for copies in _copies(lm, facts, how):
-            for caught in _passes(lm, copies, sites, how):
-                key = f"{caught.site.id}/{caught.site.kind}"
-                found = _contribution(caught, unit).cpu()
+        groups = _groups(answer_rows(lm, facts, how.answer), how)
+        for rows, contributions in zip(groups, _contributions(lm, groups, sites, how, unit), strict=True):
+            for key, found in contributions:
                 totals[key] = totals[key].add_(found) if key in totals else found
-            done += len(copies.rows)
+            done += len(rows)
             progress(done, len(facts))
     scores = []
     for site in sites:
-        score = totals.pop(f"{site.id}/{site.kind}") / len(facts)
+        score = totals.pop(_key(site)) / len(facts)
         if unit == "entry":
             score = score * site.weight.to(score).reshape(-1)
         if not bool(torch.isfinite(score).all()):
@@ -166,12 +165,52 @@ def answer_probabilities(lm: LM, facts: Iterable[Edit], how: Attribution) -> Flo
         return torch.stack(found)
 
 
-def _copies(lm: LM, facts: Sequence[Edit], how: Attribution) -> Iterator[_Copies]:
-    rows = answer_rows(lm, facts, how.answer)
-    alpha, weight = how.points()
-    for group in buckets([len(row.ids) - 1 for row in rows], max(1, MAX_BATCH_TOKENS // len(alpha))):  # copies count
-        labels = tuple(rows[i] for i in group)
-        yield _Copies(tuple(input_rows(labels)), labels, alpha, weight)
+def _groups(rows: Sequence[Row], how: Attribution) -> list[tuple[Row, ...]]:
+    """Return the facts' rows in groups that share their passes; each counts once for every point."""
+    n_points = len(how.points()[0])
+    groups = buckets([len(row.ids) - 1 for row in rows], max(1, MAX_BATCH_TOKENS // n_points))
+    return [tuple(rows[i] for i in group) for group in groups]
+
+
+def _key(site: Site) -> str:
+    return f"{site.id}/{site.kind}"
+
+
+def _contributions(
+    lm: LM, groups: Sequence[tuple[Row, ...]], sites: Sequence[Site], how: Attribution, unit: Unit
+) -> Iterator[Iterable[tuple[str, Tensor]]]:
+    """Yield every group's contributions, in the groups' order, from wherever the model's workers are."""
+    if isinstance(lm.workers, Here) or len(groups) < 2 or not all(site.kind in get_args(SiteName) for site in sites):
+        return (_of_group(lm, rows, sites, how, unit) for rows in groups)  # one matrix at a time is held
+    named = tuple((site.layer, cast(SiteName, site.kind), site.expert) for site in sites)
+    return in_order(lm.workers.map(lm, GroupAttribution(named, how, unit), groups, silent))
+
+
+@dataclass(frozen=True)
+class GroupAttribution:
+    """The contributions of a group of facts, as work that can be sent elsewhere."""
+
+    sites: tuple[tuple[int, SiteName, int | None], ...]
+    """Layer, matrix and routed expert of each."""
+    how: Attribution
+    unit: Unit
+
+    def __call__(self, lm: LM, piece: tuple[Row, ...], progress: Callable[[int], None]) -> list[tuple[str, Tensor]]:
+        """Return what the group adds to every site's scores, by the site."""
+        sites = [
+            lm.site(layer, kind) if expert is None else lm.expert_sites(layer, kind)[expert]
+            for layer, kind, expert in self.sites
+        ]
+        with lm.frozen_eval():
+            return list(_of_group(lm, piece, sites, self.how, self.unit))
+
+
+def _of_group(
+    lm: LM, rows: Sequence[Row], sites: Sequence[Site], how: Attribution, unit: Unit
+) -> Iterator[tuple[str, Tensor]]:
+    copies = _Copies(tuple(input_rows(rows)), tuple(rows), *how.points())
+    for caught in _passes(lm, copies, sites, how):
+        yield _key(caught.site), _contribution(caught, unit).cpu()
 
 
 def _passes(lm: LM, copies: _Copies, sites: Sequence[Site], how: Attribution) -> Iterator[Captured]:
