@@ -100,6 +100,8 @@ class Card(TorchFunctionMode):
         """A card of this compute capability, with so many bytes of memory."""
         super().__init__()
         self.to_card = self.to_host = 0
+        self.sent = 0
+        """Bytes that went to a card; a copy that also converts does so on the CPU."""
         Card.ran = Counter()
         self.named = ExitStack()
         self.capability, self.about = capability, SimpleNamespace(total_memory=memory)
@@ -154,8 +156,10 @@ class Card(TorchFunctionMode):
             return moved.to(*args, **kwargs) if args or kwargs else moved
         with torch._C.DisableTorchFunction():
             if place.type == "cuda":
+                sent = (x.to(*args, **kwargs) if args or kwargs else x).clone()
                 self.to_card += 1
-                return OnCard((x.to(*args, **kwargs) if args or kwargs else x).clone(), place)
+                self.sent += sent.nbytes
+                return OnCard(sent, place)
             self.to_host += 1
             inner = x.held  # type: ignore[attr-defined]
             return (inner.to(*args, **kwargs) if args or kwargs else inner).clone()

@@ -70,6 +70,16 @@ def test_a_solve_runs_on_the_card(name: str, card: Card, c: Tensor, randn: Calla
     assert card.to_host == 1 + (name == "null space")  # the result alone, and the basis, which is kept
 
 
+@pytest.mark.parametrize("name", ["whitened", "ridge, many keys", "equality, identity", "null space", "factor"])
+def test_a_moment_is_sent_as_it_is_kept_and_widened_on_the_card(
+    name: str, card: Card, c: Tensor, randn: Callable[..., Tensor]
+) -> None:
+    k = randn(M, 15)
+    SOLVES[name](k, c.to(torch.float32), CARD)
+    basis = 8 * M * round(0.3 * M) if name == "null space" else 0  # which is kept on the CPU, and sent again
+    assert card.sent <= 4 * M * M + 2 * k.nbytes + basis
+
+
 def test_singular_values_of_a_change_are_found_on_the_card(card: Card, randn: Callable[..., Tensor]) -> None:
     for change in (LowRank(left=randn(12, 3), right=randn(3, 9)), Dense(full=randn(12, 9))):
         wanted = singular_values([change], torch.Size((12, 9)))

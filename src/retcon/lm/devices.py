@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from retcon.errors import InvalidSetting, OutOfMemory
 from retcon.lm.batches import is_out_of_memory
@@ -55,6 +56,13 @@ def good_at_float64(device: torch.device) -> bool:
         return True
     major, minor = torch.cuda.get_device_capability(device)
     return major == 9 if torch.version.hip else (major, minor) in GOOD_AT_FLOAT64
+
+
+def in_float64(x: Tensor, device: torch.device) -> Tensor:
+    """Return a fresh copy on a device, in float64; widened there, for a copy to a card that widens as well does so on
+    the CPU, and sends twice as much."""
+    there = x.to(device)
+    return there.to(torch.float64, copy=there is x)
 
 
 def total_memory(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retcon.arguments import check_choice
 from retcon.errors import NonFinite
-from retcon.lm.devices import CPU, explained_oom, float64_device, good_at_float64, solve_device
+from retcon.lm.devices import CPU, explained_oom, float64_device, good_at_float64, in_float64, solve_device
 
 Build = Callable[[], Float[Tensor, "m m"]]
 ThresholdMode = Literal["absolute", "trace", "rank"]
@@ -62,7 +62,7 @@ def ridge_direct(
 
     def build(where: torch.device) -> Float[Tensor, "m m"]:
         there = k.to(where)
-        return moment().to(where, torch.float64, copy=True).mul_(weight).addmm_(there, there.T)
+        return in_float64(moment(), where).mul_(weight).addmm_(there, there.T)
 
     return solve_on(device, build, k).T
 
@@ -208,7 +208,7 @@ def cholesky(c: Float[Tensor, "m m"], device: torch.device = CPU) -> tuple[Float
         with explained_oom(where, len(c)):
             lower, jitter = cholesky(c.to(where))
             return lower.to(c.device), jitter
-    for found in _factors(lambda: c.to(torch.float64, copy=True), _JITTERS):
+    for found in _factors(lambda: in_float64(c, c.device), _JITTERS):
         return found
     raise NonFinite("the second moment is far from positive definite, so it is none; collect it again")
 
@@ -218,7 +218,7 @@ def definite(c: Float[Tensor, "m m"], jitter: float | None = None, device: torch
     j = cholesky(c, device)[1] if jitter is None else jitter
     if j == 0:
         return c
-    c = c.to(torch.float64, copy=True)
+    c = in_float64(c, c.device)
     c.diagonal().add_(j)
     return c
 
@@ -246,7 +246,7 @@ def whitened(
     """C^-1 K; arguments as for `ridge`."""
     if factor is not None and device.type == "cpu":
         return torch.cholesky_solve(k, factor())
-    return solve_on(device, lambda where: moment().to(where, torch.float64, copy=True), k)
+    return solve_on(device, lambda where: in_float64(moment(), where), k)
 
 
 def equality(
@@ -266,7 +266,7 @@ def equality(
     """
 
     def build(where: torch.device) -> Float[Tensor, "m m"]:
-        c = moment().to(where, torch.float64, copy=True).mul_(weight)
+        c = in_float64(moment(), where).mul_(weight)
         c.diagonal().add_(identity_weight)
         return c
 
@@ -335,7 +335,7 @@ def null_space(
     check_choice(mode, ThresholdMode, "mode of the null space")
     where = float64_device(device, len(c))
     with explained_oom(where, len(c)):
-        s, u = torch.linalg.eigh(c.to(where, torch.float64))
+        s, u = torch.linalg.eigh(in_float64(c, where))
     if mode == "absolute":
         r = int((s < threshold).sum())
     elif mode == "trace":

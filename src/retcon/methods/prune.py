@@ -16,7 +16,7 @@ from retcon.arguments import check_choice
 from retcon.delta import Change, Delta, LowRank, only_deltas, smallest, sum_of
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
-from retcon.lm.devices import CPU, float64_device
+from retcon.lm.devices import CPU, float64_device, in_float64
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
@@ -128,7 +128,7 @@ class Prune(Filter):
             return combined(changes, base.shape), 0
         where = float64_device(lm.parameter(name).device, max(base.shape))
         u, s, vh = singular_values(matrix.changes, base.shape, where)
-        sigma = torch.linalg.matrix_norm(base.to(where, torch.float64), ord=2)
+        sigma = torch.linalg.matrix_norm(in_float64(base, where), ord=2)
         above = int((s > sigma).sum())
         if not above:
             return combined(changes, base.shape), 0

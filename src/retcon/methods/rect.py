@@ -15,7 +15,7 @@ from torch import Tensor
 from retcon.delta import Change, Delta, Dense, Entries, Region, sum_of
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting
-from retcon.lm.devices import float64_device
+from retcon.lm.devices import float64_device, in_float64
 from retcon.lm.model import LM
 from retcon.memory.contexts import Contexts
 from retcon.memory.moments import Moments
@@ -130,7 +130,7 @@ class Rect(Filter):
         """`update` with all but its relatively largest entries zero; any orientation."""
         where = float64_device(weight.device, max(weight.shape))
         size = weight.abs() if self.denominator == "absolute" else weight
-        relative = (update.to(where, torch.float64) / (size.to(where, torch.float64) + self.eps)).abs().flatten()
+        relative = (in_float64(update, where) / (in_float64(size, where) + self.eps)).abs().flatten()
         chosen = self._chosen(relative, keep_percent).view_as(update).to(update.device)
         return torch.where(chosen, update, torch.zeros_like(update))
 
