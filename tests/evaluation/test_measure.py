@@ -309,7 +309,7 @@ def test_batch_limit_holds_for_written_answers_too(tiny: Make, monkeypatch: pyte
 
     monkeypatch.setattr(asking, "ask_questions", noted)
     evaluate(lm, CASES, max_batch_tokens=77)
-    assert limits == [154]
+    assert limits == [77]
 
 
 # --- what is told --------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_text_for_fluency_is_written_in_batches_of_the_size_asked_for(
     monkeypatch.setattr("retcon.evaluation.asking.generate", hear)
     how = Measures(generate=False, fluency=(variant,), max_batch_tokens=300)
     evaluate(tiny(n_layers=1), CASES[:1], measures=how)
-    assert asked == [600]
+    assert asked == [300]
 
 
 def test_seeds_are_derived_by_name() -> None:

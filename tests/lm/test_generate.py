@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,12 @@ from retcon.edits import Edit
 from retcon.errors import InvalidEdit, InvalidSetting
 from retcon.evaluation.writing import PRESETS
 from retcon.lm import generate as module
+from retcon.lm.capacity import key_value_bytes
 from retcon.lm.generate import WriteBatch, Writing, Written, generate, texts_after
 from retcon.lm.model import LM
 from retcon.lm.prompts import encode, encode_turns
 from retcon.methods.kn import completions
+from tests.card import Card, both
 from tests.conftest import FAMILIES, tiny_model, tokenizer
 
 Make = Callable[..., LM]
@@ -51,6 +53,32 @@ def test_batches_order_and_company_do_not_matter(tiny: Make) -> None:
     assert generate(lm, PROMPTS[::-1], how) == together[::-1]
     assert [generate(lm, [p], how)[0] for p in PROMPTS] == together
     assert generate(lm, PROMPTS, how, max_batch_tokens=1) == together
+
+
+def test_a_card_writes_in_batches_as_large_as_its_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a pass takes as long for one row as for a thousand, so that padding costs less than another batch."""
+    batches: list[int] = []
+
+    class Noted(module.Prompts):
+        def __init__(self, lm: LM, prompts: Sequence[Sequence[int]]) -> None:
+            batches.append(len(prompts))
+            super().__init__(lm, prompts)
+
+    monkeypatch.setattr(module, "Prompts", Noted)
+    how = Writing(max_new_tokens=5, stops=())
+    with Card():
+        here, there = both()
+        assert key_value_bytes(there) == 2 * 4 * 32 * 4
+        assert module.written_batch(here, 40) == dict(max_tokens=80)
+        assert module.written_batch(there, 40) == dict(max_tokens=640, least=640)
+        wanted = generate(here, PROMPTS, how, max_batch_tokens=40)
+        assert len(batches) > 1
+        batches.clear()
+        assert generate(there, PROMPTS, how, max_batch_tokens=40) == wanted
+        assert batches == [len(PROMPTS)]
+        for room, most in ((100, 100), (10, 80)):  # tokens whose attention keys and values a quarter of it takes
+            monkeypatch.setattr(module, "planned_bytes", lambda lm, n=room: 4 * n * key_value_bytes(lm))
+            assert module.written_batch(there, 40) == dict(max_tokens=most, least=most)
 
 
 def test_stops_are_cut_and_counted(tiny: Make) -> None:

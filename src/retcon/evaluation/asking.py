@@ -88,7 +88,7 @@ def _score_and_write(
             members.append(askers)
     others = [row for rows in scored.values() for row in rows]
     scores = dict(zip(others, _scores_of(lm, others, measures, advance), strict=True))
-    size = 2 * measures.max_batch_tokens
+    size = measures.max_batch_tokens
     replies = ask_questions(lm, questions, max_batch_tokens=size, on_progress=partial(advance, "writing"))
     for question, (found, _) in zip(questions, replies, strict=True):
         scores |= zip(question.rows, found, strict=True)
@@ -126,7 +126,7 @@ def _write(lm: LM, plan: QueryPlan, measures: Measures, advance: Progress) -> di
             prompts,
             how,
             lengths=lengths if measures.preset == "gold_length" else None,
-            max_batch_tokens=2 * measures.max_batch_tokens,
+            max_batch_tokens=measures.max_batch_tokens,
             on_progress=report,
         )
         earlier += len(prompts)
@@ -143,7 +143,7 @@ def _write_freely(lm: LM, plan: QueryPlan, measures: Measures) -> dict[tuple[str
         greedy, drawn = (replace(PRESETS[name], chat=chat) for name in ("fluency", "fluency_rome"))
         plainly = [(q, variant) for q, variant in here if variant == "flu.new"]
         prompts = list(dict.fromkeys(q.query.prompt for q, _ in plainly))
-        size = 2 * measures.max_batch_tokens
+        size = measures.max_batch_tokens
         written = generate(lm, prompts, greedy, max_batch_tokens=size) if prompts else []
         texts = dict(zip(prompts, written, strict=True))
         found |= {(*q.place, variant): texts[q.query.prompt] for q, variant in plainly}

@@ -8,7 +8,7 @@ import torch
 from retcon.evaluation.score import LogitReader, TokenScore, fewest_inputs
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
 from retcon.lm.decoding import Prompts, pads
-from retcon.lm.generate import Writing, Written, write_after
+from retcon.lm.generate import Writing, Written, write_after, written_batch
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row
 
@@ -44,6 +44,7 @@ def ask_questions(
     """Score and write what is asked; each prompt is run once, whatever comes after it.
 
     Args:
+        max_batch_tokens: as `generate` has it.
         on_progress: called after every batch with the questions done and the questions in all.
     """
     together = pads(lm)
@@ -53,7 +54,7 @@ def ask_questions(
             AskBatch(),
             questions,
             [question.length for question in questions],
-            max_tokens=max_batch_tokens,
+            **written_batch(lm, max_batch_tokens),
             kinds=None if together else [len(question.prompt) for question in questions],
             on_progress=on_progress,
         )

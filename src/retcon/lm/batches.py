@@ -33,20 +33,25 @@ MAX_SHARDS = 32
 
 
 def buckets(
-    lengths: Sequence[int], max_tokens: int = MAX_BATCH_TOKENS, which: Sequence[int] | None = None
+    lengths: Sequence[int],
+    max_tokens: int = MAX_BATCH_TOKENS,
+    which: Sequence[int] | None = None,
+    *,
+    least: int = MIN_BUCKET_TOKENS,
 ) -> list[list[int]]:
     """Group indices so that neighbours in length share a batch of at most `max_tokens` padded tokens (or one row), with
     little padding; the shortest come first.
 
     Args:
         which: these indices alone; all by default.
+        least: padded tokens from which a batch takes no row that is much longer than its shortest.
     """
     order = sorted(range(len(lengths)) if which is None else which, key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []
     for i in order:  # ascending, so the newcomer is the longest of its group
         if groups:
             size = len(groups[-1]) * lengths[i]
-            padded = lengths[i] > MAX_PADDING * lengths[groups[-1][0]] and size >= MIN_BUCKET_TOKENS
+            padded = lengths[i] > MAX_PADDING * lengths[groups[-1][0]] and size >= least
         if groups and size + lengths[i] <= max_tokens and not padded:
             groups[-1].append(i)
         else:
@@ -60,6 +65,7 @@ def in_batches(
     *,
     max_tokens: int = MAX_BATCH_TOKENS,
     kinds: Sequence[Hashable] | None = None,
+    least: int = MIN_BUCKET_TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Do work on rows of these lengths, batch by batch, and return one result per row, in the order of the rows.
@@ -71,13 +77,14 @@ def in_batches(
         work: from the indices of a batch's rows to their results.
         max_tokens: padded tokens of one batch.
         kinds: rows of different kinds never share a batch.
+        least: as `buckets` has it.
         on_progress: called after every batch with the rows done and the rows in all.
 
     Raises:
         torch.OutOfMemoryError, MemoryError: a single row does not fit.
     """
-    todo = _longest_first(range(len(lengths)), lengths, max_tokens, kinds)
-    found = _in_batches(todo, lengths, work, max_tokens, kinds, on_progress)
+    todo = _longest_first(range(len(lengths)), lengths, max_tokens, kinds, least)
+    found = _in_batches(todo, lengths, work, max_tokens, kinds, least, on_progress)
     return [found[i] for i in range(len(lengths))]
 
 
@@ -87,6 +94,7 @@ def _in_batches(
     work: Callable[[list[int]], Sequence[Result]],
     max_tokens: int,
     kinds: Sequence[Hashable] | None,
+    least: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, Result]:
     """Do as `in_batches`, from these batches on."""
@@ -104,7 +112,7 @@ def _in_batches(
                 on_progress(len(found), len(lengths))
             continue
         release_memory()  # the failed batch's tensors are gone only now
-        todo = _longest_first([*group, *(i for g in todo for i in g)], lengths, max_tokens, kinds)
+        todo = _longest_first([*group, *(i for g in todo for i in g)], lengths, max_tokens, kinds, least)
     return found
 
 
@@ -124,23 +132,24 @@ def shared_in_batches(
     *,
     max_tokens: int = MAX_BATCH_TOKENS,
     kinds: Sequence[Hashable] | None = None,
+    least: int = MIN_BUCKET_TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Do work on items of these lengths as `in_batches`, by the workers of the model; a single batch is done here."""
-    batches = _longest_first(range(len(lengths)), lengths, max_tokens, kinds)
+    batches = _longest_first(range(len(lengths)), lengths, max_tokens, kinds, least)
     if isinstance(lm.workers, Here) or len(batches) < 2:
 
         def work_here(group: list[int]) -> Sequence[Result]:
             return work(lm, [items[i] for i in group])
 
-        return in_batches(lengths, work_here, max_tokens=max_tokens, kinds=kinds, on_progress=on_progress)
+        return in_batches(lengths, work_here, max_tokens=max_tokens, kinds=kinds, least=least, on_progress=on_progress)
     n_shards = min(len(batches), MAX_SHARDS)
     shards = [[batches[j] for j in range(k, len(batches), n_shards)] for k in range(n_shards)]  # each like the others
     pieces = [
         [[(items[i], lengths[i], kinds[i] if kinds else None) for i in batch] for batch in shard] for shard in shards
     ]
     found: dict[int, Result] = {}
-    for k, results in lm.workers.map(lm, _OfShard(work, max_tokens), pieces, silent):
+    for k, results in lm.workers.map(lm, _OfShard(work, max_tokens, least), pieces, silent):
         found |= zip((i for batch in shards[k] for i in batch), results, strict=True)
         if on_progress is not None:
             on_progress(len(found), len(items))
@@ -153,6 +162,7 @@ class _OfShard(Generic[Item, Result]):
 
     work: BatchWork[Item, Result]
     max_tokens: int
+    least: int
 
     def __call__(
         self, lm: "LM", piece: Sequence[Sequence[tuple[Item, int, Hashable]]], progress: Callable[[int], None]
@@ -165,12 +175,14 @@ class _OfShard(Generic[Item, Result]):
         def work(group: list[int]) -> Sequence[Result]:
             return self.work(lm, [flat[i][0] for i in group])
 
-        found = _in_batches(todo, [n for _, n, _ in flat], work, self.max_tokens, [kind for *_, kind in flat])
+        found = _in_batches(
+            todo, [n for _, n, _ in flat], work, self.max_tokens, [kind for *_, kind in flat], self.least
+        )
         return [found[i] for i in range(len(flat))]
 
 
 def _longest_first(
-    which: Sequence[int], lengths: Sequence[int], max_tokens: int, kinds: Sequence[Hashable] | None
+    which: Sequence[int], lengths: Sequence[int], max_tokens: int, kinds: Sequence[Hashable] | None, least: int
 ) -> deque[list[int]]:
     by_kind: dict[Hashable, list[int]] = {}
     for i in which:
@@ -178,7 +190,7 @@ def _longest_first(
     groups = [
         [members[k] for k in group]
         for members in by_kind.values()
-        for group in reversed(buckets([lengths[i] for i in members], max_tokens))
+        for group in reversed(buckets([lengths[i] for i in members], max_tokens, least=least))
     ]
     return deque(sorted(groups, key=lambda group: -max(lengths[i] for i in group)))
 

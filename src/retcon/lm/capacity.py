@@ -35,6 +35,17 @@ def planned_bytes(lm: "LM") -> int:
     return max(torch.cuda.get_device_properties(lm.device).total_memory - weights, 0)
 
 
+def key_value_bytes(lm: "LM") -> int:
+    """Return the bytes of one token's attention keys and values, over all layers."""
+    return 2 * lm.n_layers * key_width(lm) * lm.dtype.itemsize
+
+
+def key_width(lm: "LM") -> int:
+    """Return the width of a token's attention keys in a layer."""
+    with_keys = next((i for i in range(lm.n_layers) if lm.has(i, "k_proj")), None)
+    return lm.d_model if with_keys is None else lm.site(with_keys, "k_proj").shape[0]
+
+
 def _container_free() -> float:
     """Return what the container's limit leaves, infinite where there is none (control groups, version 2).
 

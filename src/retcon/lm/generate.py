@@ -20,13 +20,32 @@ from retcon.arguments import list_of_texts
 from retcon.chat import REASONING, Chat, opened_reasoning
 from retcon.errors import InvalidSetting
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
+from retcon.lm.capacity import key_value_bytes, planned_bytes
 from retcon.lm.decoding import Prompts, pads, remembers, write_tokens
 from retcon.lm.forward import unplanned_attention
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, decode, pad
 
-WRITTEN_BATCH_TOKENS = 2 * MAX_BATCH_TOKENS
-"""Padded tokens of a batch, prompts and longest continuations together; most end before they are that long."""
+WRITTEN_OVER_PASS = {"cpu": 2}
+"""Padded tokens of a batch, prompts and longest continuations together, over those of one forward pass; most texts end
+before they are that long."""
+WRITTEN_OVER_PASS_ON_ACCELERATOR = 16
+"""There a pass of one token takes as long for a thousand rows as for one."""
+SHARE_OF_MEMORY = 0.25
+"""Of what is planned with (`planned_bytes`), for the attention's memory of such a batch."""
+
+
+def written_batch(lm: LM, max_batch_tokens: int) -> dict[str, int]:
+    """Return how batches are cut in which the model writes, as `shared_in_batches` takes it.
+
+    Args:
+        max_batch_tokens: padded tokens of one forward pass.
+    """
+    if lm.device.type in WRITTEN_OVER_PASS:
+        return dict(max_tokens=WRITTEN_OVER_PASS[lm.device.type] * max_batch_tokens)
+    room = int(SHARE_OF_MEMORY * planned_bytes(lm) / key_value_bytes(lm))
+    most = max(min(WRITTEN_OVER_PASS_ON_ACCELERATOR * max_batch_tokens, room), 2 * max_batch_tokens)
+    return dict(max_tokens=most, least=most)  # padding costs less than a batch of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +110,7 @@ def generate(
     *,
     lengths: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
-    max_batch_tokens: int = WRITTEN_BATCH_TOKENS,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Written]:
     """Continue every prompt, in the order given, by no more than the room that the model's context leaves.
@@ -104,7 +123,8 @@ def generate(
         how: `Writing()` by default.
         lengths: most tokens to write, one per prompt (`gold_length`); None: as `how` says.
         seeds: one per prompt; needed for sampling.
-        max_batch_tokens: halved when memory runs out.
+        max_batch_tokens: padded tokens of one forward pass; a batch of prompts and texts has some times as many
+            (`written_batch`), and half of them where memory runs out.
         on_progress: called after every batch with the prompts done and the prompts in all.
 
     Raises:
@@ -130,7 +150,7 @@ def generate(
             WriteBatch(how),
             [(rows[i], limits[i], None if seeds is None else seeds[i]) for i in asked],
             [len(rows[i].ids) + limits[i] for i in asked],
-            max_tokens=max_batch_tokens,
+            **written_batch(lm, max_batch_tokens),
             kinds=_kinds(lm, [rows[i] for i in asked], [limits[i] for i in asked]),
             on_progress=report,
         )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from retcon.lm.capacity import planned_bytes
+from retcon.lm.capacity import key_width, planned_bytes
 from retcon.lm.model import LM
 from retcon.memory.values.objective import ValueSite
 from retcon.memory.values.rows import EditRows, active_part
@@ -122,8 +122,7 @@ class CostPerEdit:
         self.n_active = max(lm.n_layers - first, 1)
         self.itemsize = lm.dtype.itemsize
         self.d_model, self.d_ff = lm.d_model, lm.d_ff
-        with_keys = next((i for i in range(lm.n_layers) if lm.has(i, "k_proj")), None)
-        self.d_kv = lm.d_model if with_keys is None else lm.site(with_keys, "k_proj").shape[0]
+        self.d_kv = key_width(lm)
         self.vocabulary = int(lm.config.vocab_size)
 
     def active_tokens(self, rows: EditRows) -> int:
