@@ -63,7 +63,8 @@ class Measures:
     judge: Judge | None = None
     """Says whether a written answer is right (`gen.judge`)."""
     max_batch_tokens: int = MAX_BATCH_TOKENS
-    """Padded tokens per forward pass; halved when memory runs out."""
+    """Padded tokens per forward pass; a batch of prompts and the texts after them has some times as many
+    (`retcon.lm.generate.written_batch`). Halved when memory runs out."""
     separator: str | None = None
     """What is written between prompt and answer, over the queries' own; None: as each query has it."""
     seed: int = 0
