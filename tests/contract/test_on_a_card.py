@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 EVERYDAY = ("jeep", "ctp")
 EVERYDAY_ON_TWO = ("memit", "adalora")
 TRAINED = dict(layers=(1, 2), modules=("down_proj",), steps=2, rank=4, batch_size=2, validate_every=1)
-AT_MOST = {"kne": (2, 10), "ctp": (2, 10)}
+AT_MOST = {"kne": (1, 5), "ctp": (2, 10), "ft": (1, 5), "lora": (1, 5), "adalora": (1, 5)}
 """Of a step more: numbers that come to the host or that it waits for, and tensors that go to the card."""
 
 
