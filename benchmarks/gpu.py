@@ -273,7 +273,7 @@ class Card:
             with noting_texts() as written:
                 took = self.seconds(ask)
             least = floor_of(lm, cases, measures, written).seconds(rate, weights_read)
-            shown = f"{1000 * took / n:.0f} ms a case; floor {1000 * least / n:.2g} ms"
+            shown = f"{1000 * took / n:.0f} ms a case; floor {1000 * least / n:.1f} ms"
             yield f"evaluate, {n} cases {kind}, {sum(written):,} tokens written", name, shown, wanted
 
     def bandwidth(self) -> float:
