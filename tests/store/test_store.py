@@ -484,8 +484,11 @@ def test_contradictions_and_repetitions_are_refused(store: Store, lm: LM) -> Non
     with pytest.raises(InvalidEdit, match="fact 'france' is in force already; leave it out, or amend it"):
         store.edit(lm, [FACTS[0]], MEMIT)
     other = Case("fr2", (replace(FACTS[0].edits[0], target_new="Milan", id="fr2"),), ())
-    with pytest.raises(ConflictingEdits, match="retcon amend france --target 'Milan'"):
+    with pytest.raises(ConflictingEdits, match="retcon amend france --target Milan"):
         store.edit(lm, [other], MEMIT)
+    spaced = Case("fr2", (replace(other.edits[0], target_new="New York"),), ())
+    with pytest.raises(ConflictingEdits, match="retcon amend france --target 'New York'"):  # as a shell reads it
+        store.edit(lm, [spaced], MEMIT)
     with pytest.raises(InvalidSetting, match="no facts"):
         store.edit(lm, [], MEMIT)
     assert store.log() == log

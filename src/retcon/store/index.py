@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -176,7 +177,7 @@ def two_answers(one: Line, other: Line) -> str:
     return (
         f"fact {one.fact!r} of entry {one.entry} ({one.target!r}) and fact {other.fact!r} of entry {other.entry} "
         f"({other.target!r}) are both in force and answer {one.prompt!r}; were two branches merged? Take one back: "
-        f"retcon revert --fact {other.fact}, or a whole entry"
+        f"retcon revert --fact {quote(other.fact)}, or a whole entry"
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from retcon.arguments import check_choice
@@ -213,14 +214,15 @@ class Store(Contents):
                 raise InvalidEdit(f"fact {case.id!r} has no edit")
             if case.id in ids or case.id in seen:
                 where = "in force already" if case.id in ids else "in the file twice"
-                raise InvalidEdit(f"fact {case.id!r} is {where}; leave it out, or amend it (retcon amend {case.id})")
+                amend = f"retcon amend {quote(case.id)}"
+                raise InvalidEdit(f"fact {case.id!r} is {where}; leave it out, or amend it ({amend})")
             seen.add(case.id)
             for edit in case.edits:
                 if (found := asked.get(same_question(edit))) is not None:
                     raise ConflictingEdits(
                         f"fact {case.id!r} asks what fact {found[0]!r} in force answers ({found[1].text!r}: "
-                        f"{found[1].target_new!r}); change that one: retcon amend {found[0]} --target "
-                        f"{edit.target_new!r}"
+                        f"{found[1].target_new!r}); change that one: retcon amend {quote(found[0])} "
+                        f"--target {quote(edit.target_new)}"
                     )
 
     def questions(self) -> dict[tuple[str, str], tuple[str, Edit]]:
@@ -281,7 +283,7 @@ class Store(Contents):
                 raise ConflictingEdits(
                     f"reverting {entry.id} brings back fact {line.fact!r} ({line.prompt!r}: {line.target!r}), and fact "
                     f"{there.fact!r} in force answers that question ({there.target!r}); take that one back first: "
-                    f"retcon revert --fact {there.fact}"
+                    f"retcon revert --fact {quote(there.fact)}"
                 )
 
     def _on_top(self, state: State, sets: Mapping[str, Any]) -> dict[str, Any]:
