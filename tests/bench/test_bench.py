@@ -693,8 +693,8 @@ def test_a_specification_from_a_file(tmp_path: Path) -> None:
     assert found.protocols == (Protocol(kind="sequential", checkpoints=(1, 10)),)
     assert found.measures.stops == (".",)
     moved = found.with_places(model="./here", dataset="there.json", corpus="c.txt", text="t.txt")
-    assert (moved.models[0].name, moved.models[0].label, moved.models[0].corpus) == ("./here", "model-6b", "c.txt")
-    assert (moved.datasets[0].path, moved.datasets[0].label, moved.text) == ("there.json", "cf", "t.txt")
+    assert (moved.models[0].name, moved.models[0].label, moved.models[0].corpus) == ("./here", "here", "c.txt")
+    assert (moved.datasets[0].path, moved.datasets[0].label, moved.text) == ("there.json", "there", "t.txt")
 
 
 def test_a_file_says_how_a_model_is_loaded(tmp_path: Path, spec: BenchSpec, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -744,6 +744,18 @@ def test_one_of_several_models_is_chosen_by_label_or_place() -> None:
         InvalidSetting, match="--model other: the file has 2 models; choose one of them: demo-gptj, mine"
     ):
         spec.with_places(model="other")
+
+
+@pytest.mark.parametrize(("label", "shown"), [("", "demo-llama"), ("mine", "mine")])
+def test_the_only_model_at_another_place_is_not_called_by_the_old_one(label: str, shown: str) -> None:
+    spec = BenchSpec(
+        models=(ModelSpec(name="demo:gptj", label=label),),
+        methods=(MethodSpec(name="memit"),),
+        datasets=(DatasetSpec(path="world"),),
+    )
+    placed = spec.with_places(model="demo:llama", dataset="own/facts.jsonl")
+    assert (placed.models[0].name, placed.models[0].label) == ("demo:llama", shown)
+    assert placed.datasets[0].label == "facts"
 
 
 @pytest.mark.parametrize(

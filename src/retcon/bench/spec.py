@@ -359,9 +359,14 @@ def spec_from_file(path: str | os.PathLike[str]) -> BenchSpec:
 
 
 def _at(place: str, items: tuple[Any, ...], what: str, where: str) -> tuple[Any, ...]:
-    """Return the only item at another place; of several, those with that label or place."""
+    """Return the only item at another place; of several, those with that label or place.
+
+    A label that was made of the place is made anew; one of its own stays.
+    """
     if len(items) == 1:
-        return (replace(items[0], **{where: place}),)
+        only = items[0]
+        made = type(only)(**{where: getattr(only, where)}).label
+        return (replace(only, **{where: place, "label": "" if only.label == made else only.label}),)
     if found := tuple(item for item in items if place in (item.label, getattr(item, where))):
         return found
     there = ", ".join(item.label for item in items)
