@@ -38,8 +38,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ROME": ("rome", {}),
     "RECT": ("rect", {}),
     "JEEP": ("jeep", {}),
+    "FT": ("ft", {}),
+    "FT-L": ("ft_l", {}),
+    "Full-C": ("full_c", {}),
+    "LoRA": ("lora", {}),
 }
-MARKERS = "os^DvPX*"
+MARKERS = "os^DvPX*<>hp"
 
 
 def run(args: argparse.Namespace) -> None:
