@@ -43,6 +43,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "Full-C": ("full_c", {}),
     "LoRA": ("lora", {}),
 }
+FINE_TUNING = ("FT", "FT-L", "Full-C", "LoRA")
+"""Drawn dashed."""
 MARKERS = "os^DvPX*<>hp"
 
 
@@ -87,11 +89,12 @@ def plot(args: argparse.Namespace) -> None:
     for axis, (metric, title) in zip(axes[0], titles.items(), strict=True):
         for method, marker in zip(dict.fromkeys(row["method"] for row in rows), MARKERS, strict=False):
             own = [row for row in rows if row["method"] == method]
-            axis.plot([r["n"] for r in own], [r[metric] for r in own], marker=marker, markersize=4, label=method)
+            look = dict(marker=marker, markersize=4, linestyle="--" if method in FINE_TUNING else "-")
+            axis.plot([r["n"] for r in own], [r[metric] for r in own], label=method, **look)
         axis.set(title=title, xlabel="edits so far", ylim=(0, 102))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("of all edits so far, %")
-    axes[0, -1].legend(fontsize=8, loc="lower left")  # where no curve goes
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     print(", ".join(map(str, save(made, args.out))))
 
 
