@@ -26,7 +26,7 @@ from retcon.lm.forward import unplanned_attention
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, decode, pad
 
-WRITTEN_OVER_PASS = {"cpu": 2}
+WRITTEN_OVER_PASS = 2
 """Padded tokens of a batch, prompts and longest continuations together, over those of one forward pass; most texts end
 before they are that long."""
 WRITTEN_OVER_PASS_ON_ACCELERATOR = 16
@@ -41,10 +41,11 @@ def written_batch(lm: LM, max_batch_tokens: int) -> dict[str, int]:
     Args:
         max_batch_tokens: padded tokens of one forward pass.
     """
-    if lm.device.type in WRITTEN_OVER_PASS:
-        return dict(max_tokens=WRITTEN_OVER_PASS[lm.device.type] * max_batch_tokens)
+    least = WRITTEN_OVER_PASS * max_batch_tokens
+    if lm.device.type == "cpu":
+        return dict(max_tokens=least)
     room = int(SHARE_OF_MEMORY * planned_bytes(lm) / key_value_bytes(lm))
-    most = max(min(WRITTEN_OVER_PASS_ON_ACCELERATOR * max_batch_tokens, room), 2 * max_batch_tokens)
+    most = max(min(WRITTEN_OVER_PASS_ON_ACCELERATOR * max_batch_tokens, room), least)
     return dict(max_tokens=most, least=most)  # padding costs less than a batch of its own
 
 
