@@ -106,3 +106,14 @@ def test_rows_do_not_disturb_each_other(tiny, edits):
     for i, row in enumerate(rows):
         for of_layer, alone in zip(together, attribute_neurons(lm, [row], n_points=3)[0], strict=True):
             assert_close(of_layer[i], alone[0], rtol=1e-5, atol=1e-8)
+
+
+def test_only_the_token_that_predicts_is_run_again(tiny, edits):
+    """Nothing before the scaled token depends on it, and the answer is read there."""
+    lm = tiny("llama")
+    row = answer_rows(lm, edits[:1])[0]
+    shapes = []
+    with lm.block(3).register_forward_hook(lambda _, __, out: shapes.append(tuple(out.shape[:2]))):
+        attribute_neurons(lm, [row], n_points=5)
+    answer = len(row.target_ids)
+    assert shapes[-4:] == 4 * [(5 * answer, 1)]  # from each of the four layers on

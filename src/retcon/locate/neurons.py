@@ -6,8 +6,9 @@ units of its layer, at the one position that predicts an answer token; everythin
     Attr_j = a_j * integral over alpha in [0, 1] of dp(y)/da_j (alpha a),     sum_j Attr_j = p(y | a) - p(y | 0).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,10 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from retcon.arguments import check_choice, list_of_some
 from retcon.errors import InvalidSetting, NonFinite
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
-from retcon.lm.forward import Point, answer_places, gold, input_rows, log_probs, logits_at, reading, run
+from retcon.lm.forward import Point, gold, log_probs, logits_at, reading, run
 from retcon.lm.model import LM
 from retcon.lm.prompts import Row, pad
-from retcon.lm.replay import ReplayState, replaying
+from retcon.lm.replay import ReplayState, capture_states, replaying, suffix_starts, tokens_at
 from retcon.work import silent
 
 Neuron = Literal["value_input", "pre_activation"]
@@ -91,30 +92,47 @@ def _per_token(
     lm: LM, labels: Sequence[Row], points: Float[Tensor, " m"], neuron: Neuron
 ) -> tuple[Float[Tensor, "n units"], Float[Tensor, "n units"]]:
     """Return scores and activations of every answer token of these rows, the units layer after layer."""
-    inputs, (at, positions), m = input_rows(labels), answer_places(labels), len(points)
+    whole = [(i, end) for i, row in enumerate(labels) for end in range(row.n_prompt, len(row.ids))]
+    texts = [Row(labels[i].ids[:end], end) for i, end in whole]
+    last, n, m = torch.tensor([row.prediction for row in texts]), len(texts), len(points)
     blocks: dict[int, Tensor] = {}
     own: dict[int, Tensor] = {}
-    with torch.no_grad(), _reading(lm, len(labels), at, positions, neuron, own):
-        run(lm, pad(inputs, lm.device), {Point(i, "block"): reading(blocks, i) for i in range(lm.n_layers)})
+    with torch.no_grad(), _reading(lm, n, torch.arange(n), last, neuron, own):
+        run(lm, pad(texts, lm.device), {Point(i, "block"): reading(blocks, i) for i in range(lm.n_layers)})
     _ = lm.block_outputs  # found by a pass of its own, which must not meet the hooks below
-    starts, lengths = (0,) * len(inputs), tuple(len(row.ids) for row in inputs)
-    copies, places = at.repeat(m), (torch.arange(m * len(at)), positions.repeat(m))
+    entering = None if lm.layout.earlier == "other" else _entering(lm, texts, [i for i, _ in whole], blocks)
+    copies = list(range(n)) * m
     found, activations = [], []
     for layer in range(lm.n_layers):
         a = own[layer].to(torch.promote_types(lm.dtype, torch.float32))  # (n, d_ff)
         leaf = (points.to(a)[:, None, None] * a).flatten(0, 1).requires_grad_()
-        with torch.enable_grad(), _replaced(lm, layer, m * len(at), places, neuron, leaf):
-            if layer == 0 or lm.layout.earlier == "other":
-                scope: Any = nullcontext(pad([inputs[i] for i in copies.tolist()], lm.device))
-            else:
-                state = ReplayState(layer, blocks[layer - 1], (), (), starts, lengths)
-                scope = replaying(lm, state.select(copies.tolist()))
-            with scope as batch:
-                log_p = log_probs(logits_at(lm, batch, places))
+        state = None if entering is None else entering[layer].select(copies)
+        places = torch.arange(m * n), last.repeat(m) if state is None else torch.tensor(state.lengths) - 1
+        scope = replaying(lm, state) if state else nullcontext(pad([texts[i] for i in copies], lm.device))
+        with torch.enable_grad(), _replaced(lm, layer, m * n, places, neuron, leaf), scope as batch:
+            log_p = log_probs(logits_at(lm, batch, places))
             (g,) = torch.autograd.grad(gold(log_p, list(labels) * m).exp().sum() / m, [leaf])
         found.append((a * g.view(m, *a.shape).sum(0)).to(lm.device))
         activations.append(a.to(lm.device))
     return torch.cat(found, 1).cpu(), torch.cat(activations, 1).cpu()
+
+
+def _entering(lm: LM, texts: Sequence[Row], group: Sequence[int], blocks: Mapping[int, Tensor]) -> list[ReplayState]:
+    """Return what a replay from each block on takes as given: each text has its last token run, after all others."""
+    starts = suffix_starts(lm, [row.prediction for row in texts])
+    lowest, _ = capture_states(lm, texts, starts, 0, prefix_group=group)
+    column = torch.tensor(starts)[:, None] + torch.arange(lowest.states.shape[1])
+    column = column.minimum(torch.tensor([row.prediction for row in texts])[:, None])
+    return [lowest] + [
+        replace(
+            lowest,
+            first=layer,
+            states=tokens_at(blocks[layer - 1], column),
+            keys=lowest.keys[layer:],
+            values=lowest.values[layer:],
+        )
+        for layer in range(1, lm.n_layers)
+    ]
 
 
 def _module(lm: LM, layer: int, neuron: Neuron) -> tuple[nn.Module, Int[Tensor, " d_ff"] | None]:
