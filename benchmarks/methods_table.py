@@ -13,9 +13,12 @@ the edit's prompt. Seconds per edit are the processor's, so that other processes
 Methods that search the same values share them, and only the first is timed.
 """
 
+import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import retcon
 from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents, print_row
@@ -28,17 +31,26 @@ FAMILY = ["ROME", "R-ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "EMMET", "PME
 """The locate-then-edit methods, which are run where none are named."""
 
 
+def add_editors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--editor", nargs="*", default=[], metavar="METHOD=FILE", help="trained editors, by `retcon fit`"
+    )
+
+
+def named(pairs: Sequence[str], label: str, setting: str) -> dict[str, Any]:
+    """Return the setting that is named for a row, if one is."""
+    given = dict(pair.split("=", 1) for pair in pairs)
+    return {setting: given[label]} if label in given else {}
+
+
 def main() -> None:
     parser = command_line(__doc__, cases=True, corpus=True, quiet=True)
     parser.add_argument("--n", type=int, nargs="+", default=[1, 100, 1000])
     parser.add_argument("--alone", type=int, default=100, help="cases edited one at a time for n = 1")
     parser.add_argument("--methods", nargs="+", choices=list(ROWS), default=FAMILY)
-    parser.add_argument(
-        "--editor", nargs="*", default=[], metavar="METHOD=FILE", help="trained editors, by `retcon fit`"
-    )
+    add_editors(parser)
     parser.add_argument("--preset", nargs="*", default=[], metavar="METHOD=NAME", help="in place of the model's own")
     args = parser.parse_args()
-    editors, named = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.editor, args.preset))
 
     lm = retcon.load(args.model)
     contexts, moments = retcon.sample_contexts(lm, seed=args.seed), moments_of(lm, args.corpus)
@@ -50,8 +62,8 @@ def main() -> None:
             pre = evaluate(lm, cases, generate=False)
             print_row(n, "unedited", *percents(pre.summary(), "pre").values(), "", "")
             for label in args.methods:
-                own = {"editor": editors[label]} if label in editors else {}
-                method = retcon.method(ROWS[label], for_model=lm, preset=named.get(label), **own)
+                own = named(args.preset, label, "preset") | named(args.editor, label, "editor")
+                method = retcon.method(ROWS[label], for_model=lm, **own)
                 method.propose(
                     lm, cases[0].edits, contexts=contexts, moments=moments
                 )  # moments and what is made of them

@@ -11,6 +11,7 @@ edits, all edits so far are measured: Score, ES, GS, and LS. PRUNE is MEMIT's ru
 import argparse
 import json
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,18 @@ from benchmarks.common import (
     machine,
     moments_of,
 )
+from benchmarks.methods_table import FAMILY, add_editors, named
+from benchmarks.methods_table import ROWS as METHODS
 from retcon.drawing import figure, save
 from retcon.evaluation import evaluate
 from retcon.methods.common.sequence import in_steps
 
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "MEMIT": ("memit", {}),
+    **{label: (name, {}) for label, name in METHODS.items() if label not in ("PRUNE", "MEND")},
     "MEMIT-seq": ("memit", {"cache_keys": True}),
-    "AlphaEdit": ("alphaedit", {}),
-    "R-ROME": ("r_rome", {}),
-    "ROME": ("rome", {}),
-    "RECT": ("rect", {}),
-    "JEEP": ("jeep", {}),
-    "FT": ("ft", {}),
-    "FT-L": ("ft_l", {}),
-    "Full-C": ("full_c", {}),
-    "LoRA": ("lora", {}),
+    "JEEP, separate": ("jeep", {"dataset": "world-separate"}),
 }
-FINE_TUNING = ("FT", "FT-L", "Full-C", "LoRA")
+FINE_TUNING = ("FT", "FT-L", "FT-M", "FT-WD", "Full-C", "LoRA", "AdaLoRA")
 """Drawn dashed."""
 MARKERS = "os^DvPX*<>hp"
 
@@ -65,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
 
         for label in args.methods:
             name, settings = ROWS[label]
-            method = retcon.method(name, for_model=lm, dataset=args.dataset, **settings)
+            own = {"dataset": args.dataset, **settings, **named(args.editor, label, "editor")}
+            method = retcon.method(name, for_model=lm, **own)
             prune = retcon.method("prune", for_model=lm, dataset=args.dataset) if label == "MEMIT" else None
             state, started = None, time.perf_counter()
             for first in range(0, args.edits, args.step):
@@ -87,7 +83,7 @@ def plot(args: argparse.Namespace) -> None:
     made, axes = figure(1, 3, 12, 3.8, sharex=True)
     titles = {"ES": "new answers on edited prompts (ES)", "GS": "on paraphrases (GS)", "LS": "neighbours kept (LS)"}
     for axis, (metric, title) in zip(axes[0], titles.items(), strict=True):
-        for method, marker in zip(dict.fromkeys(row["method"] for row in rows), MARKERS, strict=False):
+        for method, marker in zip(dict.fromkeys(row["method"] for row in rows), cycle(MARKERS), strict=False):
             own = [row for row in rows if row["method"] == method]
             look = dict(marker=marker, markersize=4, linestyle="--" if method in FINE_TUNING else "-")
             axis.plot([r["n"] for r in own], [r[metric] for r in own], label=method, **look)
@@ -108,7 +104,10 @@ def main() -> None:
     running.add_argument("--edits", type=int, default=500)
     running.add_argument("--step", type=int, default=10)
     running.add_argument("--every", type=int, default=50)
-    running.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
+    running.add_argument(
+        "--methods", nargs="+", choices=ROWS, default=["MEMIT-seq", *(row for row in FAMILY if row in ROWS)]
+    )
+    add_editors(running)
     running.add_argument("--out", type=Path, required=True, help="JSON lines; rows are added")
     running.set_defaults(act=run)
     plotting = verbs.add_parser("plot")
