@@ -3,8 +3,11 @@
 A result does not depend on where its piece was worked on, so a map may hand results over in any order.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from retcon.lm.model import LM
@@ -64,3 +67,38 @@ def in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
         while due in early:
             yield early.pop(due)
             due += 1
+
+
+@dataclass(frozen=True)
+class _AllAtOnce(Generic[Piece, Result]):
+    """Work whose results are made before they are sent, with its warnings, which nobody reads in a worker."""
+
+    work: Work[Piece, Iterable[Result]]
+
+    def __call__(self, lm: "LM", piece: Piece, progress: Done) -> tuple[list[Result], list[Any]]:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            results = list(self.work(lm, piece, progress))
+        return results, [warning.message for warning in heard]
+
+
+def map_whole_edits(
+    lm: "LM", work: Work[Piece, Iterable[Result]], pieces: Sequence[Piece]
+) -> Iterator[tuple[int, Iterable[Result]]]:
+    """Give (place of the piece, its results) for pieces that are edits with their measurement.
+
+    In this process the results of a piece come one by one as they are asked for. A single piece is worked on here, so
+    that what is inside it goes to the workers.
+    """
+    if len(pieces) < 2 or isinstance(lm.workers, Here):
+        yield from Here().map(lm, work, pieces, silent)
+        return
+    for place, (results, heard) in lm.workers.map(lm, _AllAtOnce(work), pieces, silent):
+        for message in heard:
+            warnings.warn(message, stacklevel=2)
+        yield place, results
+
+
+def whole_edits(lm: "LM", work: Work[Piece, Iterable[Result]], pieces: Sequence[Piece]) -> Iterator[Result]:
+    """Give the results of all pieces, in the pieces' order; as `map_whole_edits`."""
+    return chain.from_iterable(in_order(map_whole_edits(lm, work, pieces)))

@@ -2,8 +2,9 @@
 
 import random
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,17 @@ from retcon.methods.common.registry import method_class
 from retcon.methods.ft_l import FtL
 from retcon.methods.memit import Memit
 from retcon.workflow import tuning
-from retcon.workflow.tuning import Trial, _halving, _Search, candidates, objective, rounds, save_preset, tune
+from retcon.workflow.tuning import (
+    Trial,
+    _halving,
+    _Search,
+    candidates,
+    changed_settings,
+    objective,
+    rounds,
+    save_preset,
+    tune,
+)
 
 CASES = world.cases(24, seed=0)
 WEAK: dict[str, Any] = {"layers": (1, 2, 3)}
@@ -145,10 +156,12 @@ class Scripted(_Search):
     def over(self) -> bool:
         return len(self.trials) >= min(self.max_trials, self.last)
 
-    def score(self, method: Any, n: int) -> float:
+    def new_results(self, *_: Any) -> Iterator[Any]:
+        return repeat((None, 0.0))
+
+    def trial(self, method: Any, n: int, *_: Any) -> Trial:
         away = abs(method.learning_rate - self.start.learning_rate)  # type: ignore[attr-defined]
-        self.trials.append(Trial({}, n, score := 1 - away if n == len(self.cases) else away, 0.0))
-        return score
+        return Trial(changed_settings(method, self.start), n, 1 - away if n == len(self.cases) else away, 0.0)
 
 
 @pytest.fixture

@@ -178,6 +178,10 @@ class CorpusMoments:
     _shrunk: dict[MomentKey, int] = field(default_factory=dict, repr=False, compare=False)
     """Tokens of a pass, of those moments whose passes had to be smaller."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs: it makes factors of its own, and reports to nobody."""
+        return vars(self) | {"progress": silent, "_factors": {}}
+
     def key(self, lm: LM, site: Site) -> MomentKey:
         """Return the cache key of one site's moment."""
         n_tokens = self.tokens_per_dimension * site.shape[1]

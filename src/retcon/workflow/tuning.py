@@ -9,7 +9,8 @@ share their values, so each is written with several weights, which costs little.
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from retcon.edits import Case, Edit, list_of_cases
 from retcon.errors import InvalidSetting, RetconError
 from retcon.seed import check_seed
-from retcon.work import silent
+from retcon.work import Done, silent, whole_edits
 
 if TYPE_CHECKING:
     from retcon.evaluation import Evaluation
@@ -118,6 +119,35 @@ def changed_settings(method: "Method", before: "Method") -> dict[str, Any]:
     return {name: value for name, value in method.settings.items() if before.settings[name] != value}
 
 
+@dataclass(frozen=True, kw_only=True)
+class EditAndMeasure:
+    """Edits of some cases, each with its measurement, by methods that share their values: work for another process."""
+
+    cases: Sequence[Case]
+    moments: "Moments | None"
+    pre: "Evaluation"
+    seed: int
+    folder: str | None = None
+    """Where searched values are kept, on the machine that asks."""
+
+    def __call__(
+        self, lm: "LM", piece: Sequence["Method"], progress: Done
+    ) -> "Iterator[tuple[Evaluation | RetconError, float]]":
+        """Yield the evaluation of each method, or why it failed, and the seconds that it took."""
+        with ExitStack() as stack:
+            folder = self.folder
+            if folder is not None and not Path(folder).is_dir():  # another machine
+                folder = stack.enter_context(TemporaryDirectory())
+            for method in piece:
+                started = time.monotonic()
+                found: Evaluation | RetconError
+                try:
+                    found = edit_and_measure(lm, method, self.cases, self.moments, self.pre, self.seed, folder)
+                except RetconError as error:
+                    found = error
+                yield found, time.monotonic() - started
+
+
 @dataclass(kw_only=True)
 class _Search:
     """What all trials share."""
@@ -138,32 +168,70 @@ class _Search:
     def over(self) -> bool:
         return len(self.trials) >= self.max_trials or (bool(self.trials) and time.monotonic() >= self.until)
 
-    def score(self, method: "Method", n: int) -> float:
-        """Try a method on the first n cases."""
-        changes = changed_settings(method, self.start)
-        known = next((t for t in self.trials if t.n_cases == n and t.changes == changes), None)
-        if known is not None:
-            return known.score
-        started = time.monotonic()
-        score, problem = 0.0, ""
-        try:
-            some = self.cases[:n]
-            found = edit_and_measure(self.lm, method, some, self.moments, self.pre, self.seed, self.folder)
-            score = objective(found.summary())
-        except RetconError as error:
-            problem = str(error)
-        self.add(Trial(changes, n, score, time.monotonic() - started, problem))
-        return score
+    def rank(
+        self, candidates: Sequence[Sequence["Method"]], n: int, *, beyond_budget: bool = False
+    ) -> list[tuple[float, "Method"]]:
+        """Try candidates on the first n cases, each written in several ways, and return the best way of each with its
+        score, as far as time and trials reach."""
+        new = self.new_results(candidates, n, None if beyond_budget else self.max_trials - len(self.trials))
+        ranked: list[tuple[float, Method]] = []
+        for candidate in candidates:
+            best: tuple[float, Method] | None = None
+            for method in candidate:
+                if self.over and not beyond_budget:
+                    break
+                changes = changed_settings(method, self.start)
+                trial = next((t for t in self.trials if t.n_cases == n and t.changes == changes), None)
+                if trial is None:
+                    self.add(trial := self.trial(method, n, *next(new)))
+                if best is None or trial.score > best[0]:
+                    best = trial.score, method
+            if best is None:
+                break
+            ranked.append(best)
+        return ranked
 
-    def report(self, method: "Method", cases: Sequence[Case], pre: "Evaluation") -> "Evaluation | RetconError":
-        """Measure a method on cases that chose nothing; where it fails, that is one of the trials."""
-        started = time.monotonic()
-        try:
-            return edit_and_measure(self.lm, method, cases, self.moments, pre, self.seed)
-        except RetconError as error:
-            changes = changed_settings(method, self.start)
-            self.add(Trial(changes, len(cases), 0.0, time.monotonic() - started, str(error)))
-            return error
+    def new_results(
+        self, candidates: Sequence[Sequence["Method"]], n: int, most: int | None
+    ) -> "Iterator[tuple[Evaluation | RetconError, float]]":
+        """Yield the results of those trials that are not known, in order, and no more than so many.
+
+        A candidate is a piece of work for the model's workers.
+        """
+        known = [trial.changes for trial in self.trials if trial.n_cases == n]
+        until = None if most is None else len(known) + most
+        pieces: list[list[Method]] = []
+        for candidate in candidates:
+            piece: list[Method] = []
+            for method in candidate:
+                changes = changed_settings(method, self.start)
+                if changes not in known and (until is None or len(known) < until):
+                    known.append(changes)
+                    piece.append(method)
+            if piece:
+                pieces.append(piece)
+        work = EditAndMeasure(
+            cases=self.cases[:n], moments=self.moments, pre=self.pre, seed=self.seed, folder=self.folder
+        )
+        return whole_edits(self.lm, work, pieces)
+
+    def trial(self, method: "Method", n: int, found: "Evaluation | RetconError", seconds: float) -> Trial:
+        """Return what a method's result is as a trial on n cases."""
+        changes = changed_settings(method, self.start)
+        if isinstance(found, RetconError):
+            return Trial(changes, n, 0.0, seconds, str(found))
+        return Trial(changes, n, objective(found.summary()), seconds)
+
+    def report(
+        self, methods: Sequence["Method"], cases: Sequence[Case], pre: "Evaluation"
+    ) -> "list[Evaluation | RetconError]":
+        """Measure methods on cases that chose nothing; one that fails is one of the trials."""
+        work = EditAndMeasure(cases=cases, moments=self.moments, pre=pre, seed=self.seed)
+        results = list(whole_edits(self.lm, work, [[method] for method in methods]))
+        for method, (found, seconds) in zip(methods, results, strict=True):
+            if isinstance(found, RetconError):
+                self.add(self.trial(method, len(cases), found, seconds))
+        return [found for found, _ in results]
 
     def add(self, trial: Trial) -> None:
         self.trials.append(trial)
@@ -191,9 +259,10 @@ def tune(
     Args:
         preset: the full name of the first candidate's, or "none" for the rule; None: the model's, or else the rule.
         given: settings that stay as they are.
-        budget: seconds for the search. When they end, the round stops after the trial that is running. A candidate
-            tried in that round replaces the best so far only if both were tried in it. The winner must then beat the
-            first candidate on all searched cases. That comparison and the report take extra time.
+        budget: seconds for the search. When they end, the round stops after the trial that is running (with workers:
+            the candidate that is waited for). A candidate tried in that round replaces the best so far only if both
+            were tried in it. The winner must then beat the first candidate on all searched cases. That comparison and
+            the report take extra time.
         max_trials: sets of settings to try at most, all rounds counted.
         seed: of the candidates, and everything drawn in editing.
         on_trial: called after every trial.
@@ -237,7 +306,7 @@ def tune(
     if moments is None and start.uses_moments:
         moments = default_moments(lm)
     began = time.monotonic()
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a trial that nobody waits for may write to it
         search = _Search(
             lm=lm,
             moments=moments,
@@ -253,8 +322,8 @@ def tune(
         best = _halving(search, fixed, random.Random(seed))
     took = time.monotonic() - began
     pre = evaluate(lm, reported, generate=False)
-    ours = search.report(best, reported, pre)
-    before = ours if best == start else search.report(start, reported, pre)
+    measured = search.report([best] if best == start else [best, start], reported, pre)
+    ours, before = measured[0], measured[-1]
     if isinstance(ours, RetconError):
         best, ours = start, before
     if isinstance(ours, RetconError):
@@ -286,11 +355,7 @@ def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Me
     running = [search.start, *candidates(search.lm, search.start, given, n_first - 1, draw)]
     best = search.start
     for size in sizes:
-        ranked: list[tuple[float, Method]] = []
-        for method in running:
-            if search.over:
-                break
-            ranked.append(_best_written(search, method, weights, size))
+        ranked = search.rank([_written(method, weights) for method in running], size)
         if best not in running[: len(ranked)]:  # cut short before the best so far was tried on so many cases
             break
         cut = len(ranked) < len(running)
@@ -301,8 +366,11 @@ def _halving(search: _Search, given: frozenset[str], draw: random.Random) -> "Me
         running = [method for _, method in ranked[: math.ceil(len(running) / ETA)]]
         if search.start not in running:  # what is chosen beats the rule on the same cases, or is the rule
             running.insert(0, search.start)
-    n = len(search.cases)  # settings that lead on a few cases may be far from what all of them at once need
-    return best if best == search.start or search.score(best, n) > search.score(search.start, n) else search.start
+    if best == search.start:
+        return best
+    # settings that lead on a few cases may be far from what all of them at once need
+    ours, before = search.rank([[best], [search.start]], len(search.cases), beyond_budget=True)
+    return best if ours[0] > before[0] else search.start
 
 
 def _weights(start: "Method", given: frozenset[str]) -> list[str]:
@@ -322,18 +390,12 @@ def first_round(n_trials: int, n_rounds: int) -> int:
     return max([2, *(n for n in range(3, n_trials + 1) if needed(n) <= n_trials)])
 
 
-def _best_written(search: _Search, method: "Method", weights: Sequence[str], n: int) -> tuple[float, "Method"]:
-    """Return the best of a candidate with several weights of the second moment: the values are searched once."""
-    best: tuple[float, Method] | None = None
-    for factor in WRITE_FACTORS if weights else (1.0,):
-        if best is not None and search.over:
-            break
-        here = _changed(method, {name: _rounded(factor * method.settings[name]) for name in weights})
-        score = search.score(here, n)
-        if best is None or score > best[0]:
-            best = score, here
-    assert best is not None
-    return best
+def _written(method: "Method", weights: Sequence[str]) -> list["Method"]:
+    """Return a candidate with several weights of the second moment, for which its values are searched once."""
+    factors = WRITE_FACTORS if weights else (1.0,)
+    return [
+        _changed(method, {name: _rounded(factor * method.settings[name]) for name in weights}) for factor in factors
+    ]
 
 
 def rounds(n_cases: int) -> list[int]:
