@@ -4,9 +4,8 @@ A result does not depend on where its piece was worked on, so a map may hand res
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -99,6 +98,7 @@ def map_whole_edits(
         yield place, results
 
 
-def whole_edits(lm: "LM", work: Work[Piece, Iterable[Result]], pieces: Sequence[Piece]) -> Iterator[Result]:
-    """Give the results of all pieces, in the pieces' order; as `map_whole_edits`."""
-    return chain.from_iterable(in_order(map_whole_edits(lm, work, pieces)))
+def whole_edits(lm: "LM", work: Work[Piece, Iterable[Result]], pieces: Sequence[Piece]) -> Generator[Result]:
+    """Give the results of all pieces, in the pieces' order; as `map_whole_edits`. Closed, it closes a running piece."""
+    for results in in_order(map_whole_edits(lm, work, pieces)):
+        yield from results

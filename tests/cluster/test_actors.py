@@ -11,11 +11,14 @@ import torch
 
 import retcon
 from retcon import world
+from retcon.bench import run_bench
 from retcon.cluster import workers, working_on
 from retcon.cluster.actors import RayCluster, on_own_cards
 from retcon.edits import Edit
 from retcon.errors import InvalidSetting, MissingPackage, NonFinite, WorkersLost
 from retcon.lm.model import LM
+from retcon.work import Here
+from tests.cluster.test_whole_edits import FT, figures, files, presets, real, tuned  # noqa: F401
 from tests.cluster.test_workers import (
     Fails,
     Square,
@@ -238,3 +241,15 @@ def test_ray_gives_the_same_moments_and_the_same_evaluation(cluster: RayCluster,
         found = measured(lm, edits, delta)
     assert found.records == wanted[1].records
     assert found.texts == wanted[1].texts
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("presets")
+def test_ray_finds_the_same_settings_and_gives_the_same_benchmark(
+    cluster: RayCluster, lm: LM, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    assert figures(tuned(lm, "ft", cluster, **FT)) == figures(tuned(lm, "ft", Here(), **FT))
+    bench = request.getfixturevalue("real")
+    for name, place in (("here", None), ("ray", cluster)):
+        run_bench(bench, tmp_path / name, workers=place)
+    assert files(tmp_path / "ray") == files(tmp_path / "here")

@@ -1,4 +1,4 @@
-"""Whole edits as pieces of work: trials of settings, by workers elsewhere as in one process."""
+"""Whole edits as pieces of work: trials of settings and units of a bench, by workers as in one process."""
 
 import os
 import signal
@@ -13,6 +13,10 @@ import pytest
 
 import retcon
 from retcon import world
+from retcon.bench import BenchSpec, DatasetSpec, Event, MethodSpec, ModelSpec, run_bench
+from retcon.bench import run as running
+from retcon.bench.run import RunUnits
+from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.cluster import workers, working_on
 from retcon.errors import NonFinite, RetconWarning
 from retcon.lm.model import LM
@@ -22,6 +26,7 @@ from retcon.methods.ft_l import FtL
 from retcon.work import Done, Here, Workers, silent, whole_edits
 from retcon.workflow import tuning
 from retcon.workflow.tuning import EditAndMeasure, Trial, Tuned, tune
+from tests.bench.test_bench import noise, spec  # noqa: F401
 
 CASES = world.cases(12, seed=0)
 
@@ -42,17 +47,21 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RETCON_PRESETS", str(tmp_path / "presets"))
 
 
-class Backwards:
-    """This process as another place, where the last piece is done first and nothing inside one is shared."""
+class Elsewhere:
+    """This process as another place, last piece first; what is inside a piece is not shared."""
+
+    backwards = True
 
     def __init__(self) -> None:
         self.asked: list[tuple[type, int]] = []
 
     def map(self, lm, work, pieces, progress):  # type: ignore[no-untyped-def]
         self.asked.append((type(getattr(work, "work", work)), len(pieces)))
-        with working_on(lm, Here()):
-            done = [(i, loads(dumps(work))(lm, piece, progress)) for i, piece in enumerate(loads(dumps(pieces)))]
-        yield from done[::-1]
+        order = range(len(pieces))
+        for i in order[::-1] if self.backwards else order:
+            with working_on(lm, Here()):
+                done = loads(dumps(work))(lm, loads(dumps(pieces[i])), progress)
+            yield i, done
 
 
 def untimed(trials: Sequence[Trial]) -> list[Trial]:
@@ -98,7 +107,7 @@ class Failing(FtL):
 @pytest.mark.filterwarnings("ignore:no .*Failing preset:retcon.errors.RetconWarning")
 def test_candidates_are_pieces_and_one_that_fails_is_a_trial(lm: LM) -> None:
     given: dict[str, Any] = {"epochs": 1, "layers": (1,), "stop_loss": 0.1}
-    name, place = f"{__name__}:Failing", Backwards()
+    name, place = f"{__name__}:Failing", Elsewhere()
     with pytest.warns(RetconWarning, match="slowly") as heard:
         found = tuned(lm, name, place, max_trials=5, given=given)
     assert {str(w.message.on_command_line) for w in heard} == {"slowly, --set learning_rate"}  # type: ignore[union-attr]
@@ -136,7 +145,7 @@ def test_results_come_as_they_are_asked_for_in_this_process(lm: LM) -> None:
 
 
 def test_a_single_piece_stays_where_what_is_inside_it_is_shared(lm: LM) -> None:
-    place = Backwards()
+    place = Elsewhere()
     with working_on(lm, place):
         assert [*whole_edits(lm, EveryNumber(), [2])] == [0, 1]
         assert place.asked == []
@@ -166,3 +175,135 @@ def test_a_lost_worker_s_candidate_is_tried_again(
     monkeypatch.setattr(tuning, "EditAndMeasure", lambda **given: Dying(mark=mark, **given))
     assert figures(tuned(lm, "ft", two, **FT)) == figures(wanted)
     assert mark.exists()
+
+
+# --- benchmarks ----------------------------------------------------------------------------------------------------
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """All that must not depend on where the units are made."""
+    names = ("records.jsonl", "texts.jsonl", "cases.jsonl", "units/*", "deltas/*")
+    found = {path.relative_to(root) for name in names for path in root.glob(f"runs/*/{name}")}
+    timed = ("units", "deltas")
+    return {"runs.json": (root / "runs.json").read_bytes()} | {
+        str(path): b"" if path.parent.name in timed else (root / path).read_bytes() for path in sorted(found)
+    }
+
+
+def events(asked: BenchSpec, root: Path, on: Workers) -> list[tuple[str, int]]:
+    heard: list[tuple[str, int]] = []
+    run_bench(asked, root, workers=on, watch=lambda event: heard.append((event.run_id, event.done)))
+    return sorted(heard)
+
+
+@pytest.fixture
+def small(request: pytest.FixtureRequest) -> BenchSpec:
+    """The counting method on a tiny model."""
+    made: BenchSpec = request.getfixturevalue("spec")
+    return made
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> BenchSpec:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("The capital of France is Paris. The train stood still, and he read.")
+    return BenchSpec(
+        models=(ModelSpec(name="demo:gptj"),),
+        methods=(
+            MethodSpec(name="memit", settings={"steps": 2}),
+            MethodSpec(name="ft", settings={"epochs": 1}),
+        ),
+        datasets=(DatasetSpec(path="world", limit=3),),
+        protocols=(Protocol(kind="batch", batch=2), Protocol(kind="sequential", n=2)),
+        measures=MeasureSpec(max_new_tokens=2),
+        text=str(text),
+    )
+
+
+def test_processes_give_the_same_benchmark(real: BenchSpec, two: Workers, tmp_path: Path) -> None:
+    heard = events(real, tmp_path / "here", Here())
+    assert events(real, tmp_path / "two", two) == heard
+    assert files(tmp_path / "two") == files(tmp_path / "here")
+    assert not (tmp_path / "two" / "values").exists()
+
+
+def test_all_that_can_be_measured_travels(small: BenchSpec, tmp_path: Path) -> None:
+    own = MeasureSpec(
+        max_new_tokens=2,
+        locality_text=True,
+        divergence=True,
+        easyedit=True,
+        neighborhood_prefix="edit",
+        metrics=("tests.bench.test_protocol:n_texts",),
+    )
+    asked = replace(small, measures=own, keep_tokens=True, seeds=(0, 1), warm_up=False)
+    run_bench(asked, tmp_path / "here")
+    run_bench(asked, tmp_path / "there", workers=(place := Elsewhere()))
+    assert place.asked[-1] == (RunUnits, 6)
+    assert files(tmp_path / "there") == files(tmp_path / "here")
+
+
+class Forwards(Elsewhere):
+    backwards = False
+
+
+class OnAnotherMachine(Forwards):
+    """It does not see the benchmark's directory."""
+
+    def map(self, lm, work, pieces, progress):  # type: ignore[no-untyped-def]
+        if isinstance(getattr(work, "work", None), RunUnits):
+            work = replace(work, work=replace(work.work, root=Path("/nowhere")))
+        return super().map(lm, work, pieces, progress)
+
+
+@pytest.mark.parametrize("place", [Elsewhere, Forwards, OnAnotherMachine])
+def test_an_interrupted_sweep_goes_on_to_the_same_bytes(
+    small: BenchSpec, place: type[Elsewhere], tmp_path: Path
+) -> None:
+    sweep = replace(small, methods=(noise("low"), noise("high", size=0.6)))
+    run_bench(sweep, tmp_path / "here")
+    wanted, at = files(tmp_path / "here"), place()
+
+    def stop(event: Event) -> None:
+        if event.done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(sweep, tmp_path / "out", workers=at, watch=stop)
+    assert at.asked[-1] == (RunUnits, 6)  # two units of each batch, and two sequences
+    run_bench(sweep, tmp_path / "out", workers=at)
+    assert at.asked[-1] == (RunUnits, 2 if place.backwards else 5)  # what has come is kept
+    found = files(tmp_path / "out")
+    if place is OnAnotherMachine:  # deltas stay where they were made
+        wanted = {path: content for path, content in wanted.items() if "deltas" not in path}
+    assert found == wanted
+
+
+def test_one_run_that_is_left_shares_what_is_inside(small: BenchSpec, tmp_path: Path) -> None:
+    at = Elsewhere()
+    run_bench(replace(small, protocols=(Protocol(kind="sequential", n=3),)), tmp_path / "out", workers=at)
+    assert RunUnits not in {work for work, _ in at.asked}
+
+
+@dataclass(frozen=True)
+class DyingUnits(RunUnits):
+    """Kills the first worker that comes to a sequence, after its first step."""
+
+    def __call__(self, lm: LM, piece: Any, progress: Done) -> Iterator[Any]:
+        for unit in super().__call__(lm, piece, progress):
+            yield unit
+            mark = self.root / "killed"
+            if not piece.protocol.restores and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.long
+def test_a_lost_worker_s_run_is_gone_on_with(
+    real: BenchSpec, two: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_bench(real, tmp_path / "here")
+    monkeypatch.setattr(running, "RunUnits", DyingUnits)
+    run_bench(real, tmp_path / "two", workers=two)
+    assert (tmp_path / "two" / "killed").exists()
+    assert files(tmp_path / "two") == files(tmp_path / "here")

@@ -90,18 +90,25 @@ def run_protocol(
     )
 
 
-def run_units(run: RunContext, protocol: Protocol, units: Units) -> Generator[Unit]:
-    """Return every unit of a run in order, also those that `units` has; each is kept before it is given."""
+def run_units(
+    run: RunContext, protocol: Protocol, units: Units, *, size: int | None = None, first: int = 0
+) -> Generator[Unit]:
+    """Return every unit of a run in order, also those that `units` has; each is kept before it is given.
+
+    Args:
+        size: cases edited in one call; None: as many as the protocol says of these cases.
+        first: number of the first unit, where the cases are a part of a run that restores.
+    """
     if run.lm.applied:
         raise InvalidSetting(
             f"{plural(len(run.lm.applied), 'applied delta')}; revert first, for a run starts from the base"
         )
-    _, size = protocol.sizes(len(run.plan.cases))
     cases = run.plan.cases
+    size = size or protocol.sizes(len(cases))[1]
     chunks = [cases[i : i + size] for i in range(0, len(cases), size)]
     try:
         if protocol.restores:
-            yield from _independent(run, chunks, units, size)
+            yield from _independent(run, chunks, units, size, first)
         else:
             yield from _sequence(run, chunks, units, protocol, size)
     finally:
@@ -115,8 +122,10 @@ def n_units(protocol: Protocol, n_cases: int) -> int:
     return chunks if protocol.restores else chunks + 1
 
 
-def _independent(run: RunContext, chunks: Sequence[Sequence[Case]], units: Units, size: int) -> Iterator[Unit]:
-    for step, chunk in enumerate(chunks):
+def _independent(
+    run: RunContext, chunks: Sequence[Sequence[Case]], units: Units, size: int, first: int
+) -> Iterator[Unit]:
+    for step, chunk in enumerate(chunks, first):
         key = units.key(step, [case.id for case in chunk])
         unit = units.load(key)
         if unit is None:

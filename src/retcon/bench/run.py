@@ -5,10 +5,10 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from retcon.errors import InvalidSetting, MalformedFile, RetconError, RetconWarn
 from retcon.evaluation.ability import ability
 from retcon.evaluation.datasets import Loaded, LoadReport
 from retcon.evaluation.drift import Perplexity, perplexity
-from retcon.evaluation.measure import measure
+from retcon.evaluation.measure import covering, measure
 from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
 from retcon.evaluation.records import Record, When, whole_model_record, write_records
@@ -52,7 +52,7 @@ from retcon.methods.common.contract import check_model_has_layers
 from retcon.methods.common.registry import method_class
 from retcon.methods.common.sequence import in_steps
 from retcon.seed import derive_seed
-from retcon.work import Workers, silent
+from retcon.work import Done, Here, Workers, in_order, map_whole_edits, silent, whole_edits
 from retcon.workflow.moments import moments_for
 
 VALUES = "values"
@@ -116,8 +116,8 @@ def run_bench(
         command: how this was called, for the record; the command line by default.
         verify_base: as `retcon.load` takes it.
         loaded: what `read_inputs` has read already.
-        workers: where values are searched (`retcon.cluster.workers`); this process by default. Records are the same,
-            times are not.
+        workers: where units are made (`retcon.cluster.workers`); this process by default. Records are the same, times
+            are not.
 
     Raises:
         InvalidSetting: the directory holds another benchmark (the message lists what differs).
@@ -148,10 +148,10 @@ def run_bench(
             warnings.warn(changed, RetconWarning, stacklevel=2)
         for model in spec.models:
             bench = first if model is spec.models[0] else runner(model)
-            for i, cell in enumerate(cells):
-                if cell.model is not model:
-                    continue
-                listed = bench.run(cell, to)
+            own = [(i, cell) for i, cell in enumerate(cells) if cell.model is model]
+            runs = bench.with_units((bench.begin(cell, to) for _, cell in own), to)
+            for (i, _), (run, units) in zip(own, runs, strict=True):
+                listed = bench.finish(run, units, to)
                 if i >= len(listing) or listing[i] != listed:
                     listing = [*listing[:i], listed]
                     write_atomically(root / LISTING, json.dumps(listing, indent=1).encode())
@@ -216,6 +216,151 @@ def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:
     return order[:n]
 
 
+@dataclass
+class WholeModel:
+    """What is measured of a model rather than of cases: perplexity and tasks."""
+
+    spec: BenchSpec
+    text: str | None
+    unedited: Perplexity | None = None
+
+    def __call__(self, lm: LM, when: When, step: int) -> list[Record]:
+        """Measure the model as it is now; the first look is at the unedited one."""
+        records = []
+        if self.text is not None:
+            found = perplexity(lm, self.text, max_tokens=self.spec.text_tokens)
+            base = self.unedited = self.unedited or found
+            for variant, value in (
+                ("ppl.value", found.ppl),
+                ("ppl.ratio", found.ppl / base.ppl),
+                ("ppl.nll_change", found.nll - base.nll),
+            ):
+                records.append(whole_model_record(when, "perplexity", variant, value, found.n_tokens, step))
+        if self.spec.tasks:
+            records += ability(lm, self.spec.tasks, when=when, step=step, limit=self.spec.task_limit)
+        return records
+
+
+@dataclass(frozen=True)
+class RunPart:
+    """A run, or one unit of a run that restores, with all that is its own."""
+
+    method: Any
+    seed: int
+    protocol: Protocol
+    plan: QueryPlan
+    """Of its cases."""
+    pre: Evaluation
+    """Of the unedited model on them."""
+    units: Units
+    size: int
+    """Cases edited in one call."""
+    first: int = 0
+    """Number of the first unit."""
+
+    @property
+    def chunks(self) -> list[tuple[Case, ...]]:
+        """The cases of each call."""
+        return [self.plan.cases[i : i + self.size] for i in range(0, len(self.plan.cases), self.size)]
+
+    def unit(self, step: int, measures: Measures) -> "RunPart":
+        """Return one unit of the whole run; whoever asked for it keeps what comes of it."""
+        plan = self.plan.of(self.chunks[step])
+        pre = covering(self.pre, plan, measures)
+        return replace(self, plan=plan, pre=pre, units=Units(None, self.units.run_id), first=step)
+
+
+@dataclass(frozen=True)
+class RunUnits:
+    """The units of a run, or one of them, as work that can be sent elsewhere."""
+
+    moments: TimedMoments
+    whole_model: WholeModel
+    measures: Measures
+    root: Path
+    """The benchmark's directory, on the machine that asks."""
+    share_values: bool
+
+    def propose(
+        self, lm: LM, part: RunPart, edits: Sequence[Edit], state: Any = None, values: ValueCache | None = None
+    ) -> Attachment:
+        """Return the change that writes `edits` by the method of a run."""
+        return in_steps(part.method, lm, edits, moments=self.moments, state=state, values=values, seed=part.seed)
+
+    def __call__(self, lm: LM, piece: RunPart, progress: Done) -> Iterator[Unit]:
+        """Yield the units in order; those that the directory has, where it is seen, are not made again."""
+        seen, run_id = self.root.is_dir(), piece.units.run_id  # a worker on another machine does not see it
+        kept = ValueCache(self.root / VALUES / ("" if self.share_values else run_id[:8])) if seen else None
+        run = RunContext(
+            lm=lm,
+            plan=piece.plan,
+            measures=replace(self.measures, seed=piece.seed),
+            propose=lambda lm, edits, state: self.propose(lm, piece, edits, state, kept),
+            pre=piece.pre,
+            measure_model=partial(self.whole_model, lm),
+            excluded_seconds=lambda: self.moments.seconds,
+            n_cached_values=lambda: 0 if kept is None else kept.resumed,
+            needs_subject=piece.method.needs_subject,
+        )
+        units = piece.units if seen else Units(None, run_id)
+        with closing(run_units(run, piece.protocol, units, size=piece.size, first=piece.first)) as made:
+            for unit in made:  # closed, it restores the model
+                if kept is not None and not self.share_values:
+                    kept.discard()
+                yield unit
+
+
+@dataclass(frozen=True)
+class BegunRun:
+    """A run whose folder is there, and what is left of it."""
+
+    cell: Cell
+    directory: Path
+    identity: str
+    part: RunPart | None
+    """All of it; None where it had been finished."""
+
+    @cached_property
+    def kept(self) -> list[Unit | None]:
+        """The units of a run that restores, as far as the directory has them; one None for a sequence."""
+        if self.part is None:
+            return []
+        if not self.part.protocol.restores:
+            return [None]
+        units = self.part.units
+        return [units.load(units.key(i, [case.id for case in chunk])) for i, chunk in enumerate(self.part.chunks)]
+
+    def units(self, made: Iterator[Iterable[Unit]]) -> Generator[Unit]:
+        """Yield all units, those that are not kept as they come from workers."""
+        for unit in self.kept:
+            yield from next(made) if unit is None else [unit]
+
+
+class _Pieces(Sequence[RunPart]):
+    """What is left of several runs, each piece made when it is sent."""
+
+    def __init__(self, runs: Iterable[BegunRun], measures: Measures) -> None:
+        self.measures = measures
+        self.left = [
+            (run.part, i) for run in runs if run.part is not None for i, unit in enumerate(run.kept) if unit is None
+        ]
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def __getitem__(self, place: Any) -> Any:
+        part, i = self.left[place]
+        return part.unit(i, self.measures) if part.protocol.restores else part
+
+    def saved(self, results: Iterable[tuple[int, Iterable[Unit]]]) -> Iterator[tuple[int, list[Unit]]]:
+        """Keep the units of each piece on disk as they come."""
+        for place, made in results:
+            units = list(made)
+            for unit in units:
+                self.left[place][0].units.save(unit)
+            yield place, units
+
+
 class CellRunner:
     """A loaded model and what the cells that share it share."""
 
@@ -245,8 +390,8 @@ class CellRunner:
         self.text = None if spec.text is None else read_prose(spec.text)
         self.measures = _measures(spec)
         self._plans: dict[tuple[str, int], tuple[QueryPlan, Evaluation]] = {}
-        self._perplexity: Perplexity | None = None
-        self._unedited = self._whole_model("pre", 0)
+        self._whole_model = WholeModel(spec, self.text)
+        self._unedited = self._whole_model(self.lm, "pre", 0)
         self.loaded = loaded
         self.methods = {  # all of them now: better refused now than after hours
             (dataset, asked.label, at_once): self._method(asked, cases, at_once)
@@ -272,51 +417,62 @@ class CellRunner:
         check_model_has_layers(made, self.lm)
         return made
 
-    def run(self, cell: Cell, to: Destination) -> dict[str, str]:
-        """Run one cell, from where it was stopped to its end; returns its line in the list of runs."""
+    def begin(self, cell: Cell, to: Destination) -> BegunRun:
+        """Write down what is asked of one cell, and measure the unedited model on its cases."""
         cases, report = self.loaded[cell.dataset.label]
         chosen = chosen_cases(cases, cell)
         method = self.method_of(cell)
         manifest = manifest_of(self.spec, cell, self.lm, method, chosen, report)
         identity, directory = place_of(cell, manifest, to.root)
         write_or_verify(directory / MANIFEST, manifest, to.environment, force=to.force, what="run")
-        line = {"slug": cell.slug, "directory": f"runs/{directory.name}", "id": identity}
-        total = n_units(cell.protocol, len(chosen))
+        total, (_, size) = n_units(cell.protocol, len(chosen)), cell.protocol.sizes(len(chosen))
         if (directory / FINISHED).is_file():
             found = Evaluation.read(directory / FINISHED)
             to.watch(Event(cell, total, total, found, finished_before=True, run_id=identity))
-            return line
+            return BegunRun(cell, directory, identity, None)
         to.watch(Event(cell, 0, total, run_id=identity))
-        measures = replace(self.measures, seed=cell.seed)
-        plan, before = self._plan(chosen, measures)
-        pre_records = [*before.records, *self._unedited]
+        plan, before = self._plan(chosen, replace(self.measures, seed=cell.seed))
+        units = Units(directory.resolve(), identity, keep_tokens=self.spec.keep_tokens)
+        return BegunRun(cell, directory, identity, RunPart(method, cell.seed, cell.protocol, plan, before, units, size))
 
-        kept = ValueCache(to.root / VALUES)
+    def with_units(self, runs: Iterable[BegunRun], to: Destination) -> Iterator[tuple[BegunRun, Generator[Unit]]]:
+        """Yield every run with its units, run after run.
 
-        def propose(lm: LM, edits: Sequence[Edit], state: Any, values: ValueCache | None = kept) -> Attachment:
-            return in_steps(method, lm, edits, moments=self.moments, state=state, values=values, seed=cell.seed)
+        With workers all runs are begun, and their units are shared out, sequences whole. A single piece stays here, as
+        do runs that share values, so that what is inside is shared out.
+        """
+        spec = self.spec
+        work = RunUnits(self.moments, self._whole_model, self.measures, to.root.resolve(), spec.share_values)
+        pieces = None
+        if not (spec.share_values or isinstance(self.lm.workers, Here)):
+            runs = list(runs)
+            pieces = _Pieces(runs, self.measures)
+        if pieces is None or len(pieces) < 2:
+            for run in runs:
+                if run.part is not None:
+                    self._warm_up(run.part, work)
+                yield run, whole_edits(self.lm, work, [] if run.part is None else [run.part])
+            return
+        warm: list[Any] = []
+        for part, _ in pieces.left:  # second moments are collected here, which is shared out
+            if part.method.uses_moments and part.method not in warm:
+                self._warm_up(part, work)
+                warm.append(part.method)
+        made = in_order(pieces.saved(map_whole_edits(self.lm, work, pieces)))
+        for run in runs:
+            yield run, run.units(made)
 
-        run = RunContext(
-            lm=self.lm,
-            plan=plan,
-            measures=measures,
-            propose=propose,
-            pre=before,
-            measure_model=self._whole_model,
-            excluded_seconds=lambda: self.moments.seconds,
-            n_cached_values=lambda: kept.resumed,
-            needs_subject=method.needs_subject,
-        )
-        units = Units(directory, identity, keep_tokens=self.spec.keep_tokens)
-        _, size = cell.protocol.sizes(len(chosen))
-        if self.spec.warm_up and units.load(units.key(0, [case.id for case in chosen[:size]])) is None:
-            self._warm_up(partial(propose, values=None), editable(self.lm, chosen, method.needs_subject))
+    def finish(self, run: BegunRun, units: Generator[Unit], to: Destination) -> dict[str, str]:
+        """Take one run's units to its end; returns its line in the list of runs."""
+        cell, identity = run.cell, run.identity
+        line = {"slug": cell.slug, "directory": f"runs/{run.directory.name}", "id": identity}
+        if run.part is None:
+            return line
+        plan, before = run.part.plan, run.part.pre
+        total = n_units(cell.protocol, len(plan.cases))
         done: list[Unit] = []
-        units_done = run_units(run, cell.protocol, units)
-        with closing(units_done):  # closed, it restores the model
-            for unit in units_done:
-                if not self.spec.share_values:
-                    kept.discard()
+        with closing(units):  # closed, it restores the model
+            for unit in units:
                 done.append(unit)
                 to.watch(Event(cell, len(done), total, run_id=identity))
         context = {
@@ -325,12 +481,13 @@ class CellRunner:
             "method": cell.method.label,
             "dataset": cell.dataset.label,
             "protocol": cell.protocol.kind,
-            "n_edits": sum(len(case.edits) for case in chosen),
-            "edit_batch": size,
+            "n_edits": sum(len(case.edits) for case in plan.cases),
+            "edit_batch": run.part.size,
             "seed": cell.seed,
         }
-        evaluation = Evaluation([*pre_records, *(record for unit in done for record in unit.records)], context)
-        self._write(directory, evaluation, before, done, plan)
+        records = [*before.records, *self._unedited, *(record for unit in done for record in unit.records)]
+        evaluation = Evaluation(records, context)
+        self._write(run.directory, evaluation, before, done, plan)
         to.watch(Event(cell, total, total, evaluation, run_id=identity))
         return line
 
@@ -343,30 +500,16 @@ class CellRunner:
             self._plans[key] = plan, measure_unedited(self.lm, plan, measures, self.spec.measures)
         return self._plans[key]
 
-    def _whole_model(self, when: When, step: int) -> list[Record]:
-        """Measure perplexity and tasks of the current model."""
-        records = []
-        if self.text is not None:
-            found = perplexity(self.lm, self.text, max_tokens=self.spec.text_tokens)
-            if self._perplexity is None:
-                self._perplexity = found  # the first look is at the unedited model
-            base = self._perplexity
-            for variant, value in (
-                ("ppl.value", found.ppl),
-                ("ppl.ratio", found.ppl / base.ppl),
-                ("ppl.nll_change", found.nll - base.nll),
-            ):
-                records.append(whole_model_record(when, "perplexity", variant, value, found.n_tokens, step))
-        if self.spec.tasks:
-            records += ability(self.lm, self.spec.tasks, when=when, step=step, limit=self.spec.task_limit)
-        return records
-
-    def _warm_up(self, propose: Callable[[LM, Sequence[Edit], Any], Attachment], cases: Iterator[Case]) -> None:
-        """Make an edit that is thrown away, so that statistics are collected and caches filled before time is taken."""
-        if (first := next(cases, None)) is None:
+    def _warm_up(self, part: RunPart, work: RunUnits) -> None:
+        """Make an edit that is thrown away, so that statistics are collected and caches filled before time is taken,
+        unless the run has its first unit."""
+        first_unit = part.units.key(0, [case.id for case in part.plan.cases[: part.size]])
+        if not self.spec.warm_up or part.units.load(first_unit) is not None:
+            return
+        if (first := next(editable(self.lm, part.plan.cases, part.method.needs_subject), None)) is None:
             return
         try:
-            propose(self.lm, first.edits[:1], None)
+            work.propose(self.lm, part, first.edits[:1])
         except RetconError as error:  # the run itself reports it, edit by edit
             warnings.warn(f"the warm-up edit failed: {error}", RetconWarning, stacklevel=2)
 

@@ -14,6 +14,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from pickle import dumps, loads
 from threading import Thread
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -42,7 +43,7 @@ class Process:
         """Whether a map has it, or it is lost."""
 
     def ask(self, *asked: Any) -> None:
-        """Send work, a piece and the deltas; `answer` says so where the process is lost."""
+        """Send work (None: the same as before), a piece and the deltas; `answer` says so where the process is lost."""
         sent = ForkingPickler.dumps(asked)
         self.busy = True
         with suppress(OSError):
@@ -100,16 +101,19 @@ class Processes:
             RetconError: a process cannot load the model; the error is its own.
         """
         deltas = to_files(lm.showing, self._place)
-        source = Source.of(lm, self._place)
+        source, sent = Source.of(lm, self._place), dumps(work)
         processes = self._take(lm, source, min(self.n, len(pieces)))
         waiting, losses = list(range(len(pieces)))[::-1], Counter[int | None]()
         doing: dict[Process, int] = {}
+        have: set[Process] = set()
+        """Those that the work was sent to; it may be large."""
 
         def hand_out() -> None:
             for process in processes:
                 if waiting and not process.busy:
                     doing[process] = waiting.pop()
-                    process.ask(work, pieces[doing[process]], deltas)
+                    process.ask(None if process in have else sent, pieces[doing[process]], deltas)
+                    have.add(process)
 
         try:
             hand_out()
@@ -199,6 +203,8 @@ def _answer(worker: Worker | Exception, asked: bytes) -> memoryview:
     try:
         if isinstance(worker, Exception):
             raise worker
-        return ForkingPickler.dumps((worker.run(*ForkingPickler.loads(asked)), None))
+        work, piece, deltas = ForkingPickler.loads(asked)
+        worker.work = worker.work if work is None else loads(work)
+        return ForkingPickler.dumps((worker.run(worker.work, piece, deltas), None))
     except Exception as error:
         return ForkingPickler.dumps((None, sendable(error)))

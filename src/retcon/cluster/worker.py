@@ -106,6 +106,8 @@ class Worker:
                 getattr(self.lm.model, f"set_{part}_implementation")(wanted)
         self.lm.model.generation_config = GenerationConfig(eos_token_id=list(source.end_tokens))
         self._deltas: dict[str, Attachment] = {}
+        self.work: Any = None
+        """What was done with the last piece, where it is sent once for many."""
 
     def run(self, work: Any, piece: Any, deltas: Sequence[Sent]) -> Any:
         """Return the result of a piece, with these deltas applied in their order.
