@@ -12,13 +12,14 @@ of an evaluation is every distinct beginning of prompts and answers once, whatev
 that is written.
 """
 
+import random
 import resource
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -148,9 +149,34 @@ def counted(lm: LM, rows: list[Row]) -> float:
         counter.positions += len(places[0])
         return logits_at(lm, batch, places)
 
-    with mock.patch.object(sys.modules[score_rows.__module__], "logits_at", count):
+    with mock.patch.object(sys.modules[score_rows.__module__], "logits_at", count), apart():
         score_rows(lm, rows)
     return counter.flops()
+
+
+def apart() -> AbstractContextManager[object]:
+    """Inside, prompts share no pass over what they begin with."""
+    return mock.patch.object(sys.modules[score_rows.__module__], "WORTH", float("inf"))
+
+
+def after_common_beginnings(lm: LM, cases: list[Case], lengths: Sequence[int]) -> None:
+    """Time the scoring of prompts that begin with the same tokens, as with a chat's system prompt, run once and not."""
+    bare = [row for q in plan_queries(lm, cases, Measures()).queries for row in q.rows]
+    draw = random.Random(0)
+    for n in lengths:
+        system = tuple(draw.randrange(int(lm.config.vocab_size)) for _ in range(n))
+        rows = [replace(row, ids=system + row.ids, n_prompt=n + row.n_prompt) for row in bare]
+        times: dict[bool, float] = {}
+        for once in (True, False):
+            with nullcontext() if once else apart():
+                score_rows(lm, rows[:100])
+                started = time.process_time()
+                score_rows(lm, rows)
+                times[once] = time.process_time() - started
+        print(
+            f"scoring {len(rows):,} prompts after {n} common tokens: {times[True]:.2f} s of the processor, run apart "
+            f"{times[False]:.2f} s: {times[False] / times[True]:.1f} times faster"
+        )
 
 
 def scoring(lm: LM, cases: list[Case]) -> None:
@@ -222,6 +248,7 @@ def main() -> None:
     }
     print(f"{args.model}; {machine()}\n")
     scoring(lm, cases)
+    after_common_beginnings(lm, cases[:64], (10, 25, 60, 150))
     end_to_end(lm, cases, {"with free text": NATIVE} if args.native else ways)
     record_files()
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:,.0f} MB")

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pickle import dumps, loads
 from typing import Any
@@ -450,10 +451,11 @@ class DyingSum(SumOfChunk, DiesOnce):
 
 
 class DyingScore(ScoreBatch, DiesOnce):
-    def __init__(self, mark: Path) -> None:
+    def __init__(self, max_tokens: int, mark: Path) -> None:
+        super().__init__(max_tokens)
         object.__setattr__(self, "mark", mark)
 
-    def __call__(self, lm: LM, items: Sequence[score.Input]) -> list[list[TokenScore]]:
+    def __call__(self, lm: LM, items: Sequence[score.Family]) -> list[list[list[TokenScore]]]:
         self.die()
         return super().__call__(lm, items)
 
@@ -487,7 +489,7 @@ def test_processes_give_the_same_evaluation(
     delta = propose(lm, edits)
     wanted = measured(lm, edits, delta)
     if killed:
-        monkeypatch.setattr(score, "ScoreBatch", lambda: DyingScore(tmp_path / "killed"))
+        monkeypatch.setattr(score, "ScoreBatch", partial(DyingScore, mark=tmp_path / "killed"))
     with working_on(lm, two):
         found = measured(lm, edits, delta)
     assert (tmp_path / "killed").exists() == killed

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import random
 from collections.abc import Callable
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -13,10 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from retcon.boundary import separator_between
 from retcon.errors import InvalidEdit
-from retcon.evaluation.score import TokenScore, score, score_rows
+from retcon.evaluation.score import TokenScore, alike, score, score_rows
+from retcon.lm.decoding import WORTH, remembers
 from retcon.lm.forward import logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, encode
+from retcon.lm.prompts import Row, encode, n_common
 from tests.conftest import FAMILIES, TEXT, WINDOWED, tiny_model, tokenizer
 
 Make = Callable[..., LM]
@@ -177,6 +180,56 @@ def test_a_prompt_with_several_answers_runs_once_where_one_input_will_do(tiny: M
     assert shapes == [(1, 3)]
 
 
+SYSTEM = tuple(range(60, 84))
+"""What every prompt of a chat begins with."""
+EVERYDAY = ("gptj", "gemma2", "bloom")
+
+
+@pytest.mark.parametrize("family", [f if f in EVERYDAY else pytest.param(f, marks=pytest.mark.long) for f in FAMILIES])
+def test_a_long_common_beginning_runs_once(family: str, tiny: Make) -> None:
+    lm = tiny(family)
+    own = [(5, 6, 7, 8), (5, 6, 9), (10, 11, 12, 13, 14, 15), (20, 21)]
+    rows = [Row((*SYSTEM, *ids), len(SYSTEM) + 1) for ids in own]
+    alone = [score_rows(lm, [row])[0] for row in rows]
+    tokens: list[int] = []
+    with lm.block(0).register_forward_hook(lambda _, __, output: tokens.append(size_of(output))):
+        found = score_rows(lm, rows)
+    for x, y in zip(found, alone, strict=True):
+        assert x.logp == pytest.approx(y.logp, abs=2e-4)
+        assert x.pred == y.pred
+    assert tokens[0] == (len(SYSTEM) if remembers(lm) else 4 * (len(SYSTEM) + 5))
+    assert sum(tokens) <= (len(SYSTEM) + 4 * 5 if remembers(lm) else tokens[0])
+
+
+def size_of(output: Any) -> int:
+    """Tokens in a block's output."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states.shape[:-1].numel()
+
+
+def test_families_run_as_few_tokens_as_any_cut_into_runs_would() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        texts = {(1, 2, 3, *(draw.randrange(2) for _ in range(draw.randint(1, 6)))) for _ in range(8)}
+        inputs = sorted(texts)
+        limits = [draw.randint(1, len(ids) - 1) for ids in inputs]
+
+        def saved(cut: list[range], inputs: Any = inputs, limits: Any = limits) -> int:
+            return sum(
+                min(n_common([inputs[i] for i in run]), *(limits[i] for i in run)) * (len(run) - 1)
+                for run in cut
+                if len(run) > 1
+            )
+
+        n = len(inputs)
+        edges = [[0, *between, n] for k in range(n) for between in combinations(range(1, n), k)]
+        most = max(saved([range(a, b) for a, b in pairwise(cut)]) for cut in edges)
+        families = alike(inputs, limits, 1000)
+        assert [i for _, members in families for i in members] == list(range(n))
+        assert sum(start * (len(members) - 1) for start, members in families) in (most, 0)
+        assert max(start for start, _ in families) > 0 or most < WORTH * sum(map(len, inputs))
+
+
 def test_running_out_of_memory_halves_the_batch(tiny: Make) -> None:
     lm = tiny(n_layers=2)
     expected = score(lm, ITEMS)
@@ -204,7 +257,7 @@ def test_progress_counts_up_to_all(tiny: Make) -> None:
     rows = [encode(lm.tokenizer, *item) for item in ITEMS]
     seen: list[tuple[int, int]] = []
     score_rows(lm, rows, max_batch_tokens=40, on_progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(ITEMS), len(ITEMS))
+    assert seen[-1][0] == seen[-1][1]
     assert seen == sorted(seen)
 
 

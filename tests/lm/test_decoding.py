@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from retcon.evaluation import Evaluation, asking, evaluate
-from retcon.lm.decoding import Prompts, pads, remembers, write_tokens
+from retcon.lm.decoding import Prompts, common_beginning, pads, remembers, write_tokens
 from retcon.lm.model import LM
 from retcon.world import cases
 from tests.conftest import FAMILIES, FLOAT32_INSIDE, WINDOWED
@@ -25,13 +25,16 @@ def plainly(lm: LM, ids: Sequence[int]) -> Tensor:
     return found
 
 
+@pytest.mark.parametrize("common", [(), tuple(range(60, 80))], ids=["apart", "alike"])
 @pytest.mark.parametrize("family", [f if f in EVERYDAY else pytest.param(f, marks=pytest.mark.long) for f in FAMILIES])
-def test_what_comes_after_prompts_is_what_a_plain_pass_gives(family: str, tiny: Make) -> None:
+def test_what_comes_after_prompts_is_what_a_plain_pass_gives(family: str, common: tuple[int, ...], tiny: Make) -> None:
     lm = tiny(family)
     close = dict(rtol=1e-3, atol=1e-5) if family in FLOAT32_INSIDE else dict(rtol=1e-7, atol=1e-7)
     assert remembers(lm)
     assert not (pads(lm) and family in (*WINDOWED, "bloom", "mpt", "gpt_neo"))
-    prompts = PROMPTS if pads(lm) else [(*ids, *range(30, 36 - len(ids))) for ids in PROMPTS]
+    own = PROMPTS if pads(lm) else [(*ids, *range(30, 36 - len(ids))) for ids in PROMPTS]
+    prompts = [(*common, *ids) for ids in own]
+    assert common_beginning(prompts) == len(common)
     with lm.frozen_eval(), torch.inference_mode():
         run = Prompts(lm, prompts)
         assert_close(run.logits, torch.stack([plainly(lm, ids) for ids in prompts]), **close)

@@ -1,22 +1,29 @@
 """Teacher-forced scoring: how likely a model finds given targets after given prompts.
 
 All teacher-forced metrics are functions of what `score_rows` returns (`retcon.evaluation.metrics`). Rows are padded on
-the right, one forward pass per batch, and the head is applied only where a target token is predicted.
+the right, one forward pass per batch, and the head is applied only where a target token is predicted. What prompts have
+in common, as a chat's system prompt, is run once where that is most of their tokens.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from retcon.lm.batches import MAX_BATCH_TOKENS, shared_in_batches
-from retcon.lm.forward import logits_at
+from retcon.lm.decoding import WORTH, remembers
+from retcon.lm.forward import Inputs, logits_at
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, pad
+from retcon.lm.prompts import Batch, Row, n_common, pad
+from retcon.lm.replay import after_common_beginnings
+
+MAX_FAMILY = 32
+"""Inputs of a family at most."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +101,29 @@ def score_rows(
     """Score rows already tokenised, each with at least one target token.
 
     Args:
-        on_progress: called after every batch with the inputs done and the inputs in all.
+        on_progress: called after every batch with what is done and what there is to do, in inputs, or in families of
+            inputs that begin alike.
     """
     inputs, carrier = fewest_inputs([row.ids[:-1] for row in rows])  # the last token predicts nothing we want
     carried: list[list[int]] = [[] for _ in inputs]
     for i, longest_row in enumerate(carrier):
         carried[longest_row].append(i)
 
-    items = [(ids, tuple(rows[i] for i in members)) for ids, members in zip(inputs, carried, strict=True)]
-    lengths = [len(ids) for ids in inputs]
+    limits = [min(rows[k].prediction for k in members) for members in carried] if remembers(lm) else [0] * len(inputs)
+    families = alike(inputs, limits, max_batch_tokens)
+    items = [
+        Family(start, tuple((inputs[i], tuple(rows[k] for k in carried[i])) for i in members))
+        for start, members in families
+    ]
+    lengths = [sum(len(inputs[i]) for i in members) for _, members in families]
     with lm.frozen_eval():
         found = shared_in_batches(
-            lm, ScoreBatch(), items, lengths, max_tokens=max_batch_tokens, on_progress=on_progress
+            lm, ScoreBatch(max_batch_tokens), items, lengths, max_tokens=max_batch_tokens, on_progress=on_progress
         )
-    results = {
-        i: one for members, scores in zip(carried, found, strict=True) for i, one in zip(members, scores, strict=True)
-    }
+    results: dict[int, TokenScore] = {}
+    for (_, members), of_family in zip(families, found, strict=True):
+        for i, scores in zip(members, of_family, strict=True):
+            results |= zip(carried[i], scores, strict=True)
     return [results[i] for i in range(len(rows))]
 
 
@@ -118,35 +132,61 @@ Input = tuple[tuple[int, ...], tuple[Row, ...]]
 
 
 @dataclass(frozen=True)
+class Family:
+    """Inputs that begin alike."""
+
+    start: int
+    """How many tokens they have in common, which are run once."""
+    inputs: tuple[Input, ...]
+
+
+@dataclass(frozen=True)
 class ScoreBatch:
-    """The scoring of a batch of inputs, as work that can be sent elsewhere."""
+    """The scoring of a batch of families, as work that can be sent elsewhere."""
 
-    def __call__(self, lm: LM, items: Sequence[Input]) -> list[list[TokenScore]]:
-        """Return, per input, the scores of its rows."""
+    max_tokens: int = MAX_BATCH_TOKENS
+
+    def __call__(self, lm: LM, items: Sequence[Family]) -> list[list[list[TokenScore]]]:
+        """Return, per family and input, the scores of its rows."""
+        inputs = [one for family in items for one in family.inputs]
         with lm.frozen_eval(), torch.inference_mode():
-            return _score_batch(lm, items)
+            scores = iter(self._scores(lm, items, inputs))
+            return [[next(scores) for _ in family.inputs] for family in items]
+
+    def _scores(self, lm: LM, families: Sequence[Family], inputs: Sequence[Input]) -> list[list[TokenScore]]:
+        starts = [family.start for family in families for _ in family.inputs]
+        if not any(starts):
+            return _score_batch(lm, inputs, pad([Row(ids, len(ids)) for ids, _ in inputs], lm.device), starts)
+        group = [i if family.start else -1 for i, family in enumerate(families) for _ in family.inputs]
+        found: dict[int, list[TokenScore]] = {}
+        for which, batch in after_common_beginnings(lm, [ids for ids, _ in inputs], starts, group, self.max_tokens):
+            some, begins = [inputs[i] for i in which], [starts[i] for i in which]
+            found |= zip(which, _score_batch(lm, some, batch, begins), strict=True)
+        return [found[i] for i in range(len(inputs))]
 
 
-def _score_batch(lm: LM, items: Sequence[Input]) -> list[list[TokenScore]]:
-    places: dict[tuple[int, int], int] = {}  # (row of the batch, position) -> row of the logits
+def _score_batch(
+    lm: LM, inputs: Sequence[Input], batch: Batch | Inputs, starts: Sequence[int]
+) -> list[list[TokenScore]]:
+    """Return, per input, the scores of its rows, from one pass over its tokens from the start on."""
+    places: dict[tuple[int, int], int] = {}  # (row of the batch, column) -> row of the logits
     wanted: list[int] = []
     gold: list[int] = []
-    for r, (_, rows) in enumerate(items):
+    for r, ((_, rows), start) in enumerate(zip(inputs, starts, strict=True)):
         for row in rows:
-            for position, token in enumerate(row.target_ids, start=row.prediction):
-                wanted.append(places.setdefault((r, position), len(places)))
+            for column, token in enumerate(row.target_ids, start=row.prediction - start):
+                wanted.append(places.setdefault((r, column), len(places)))
                 gold.append(token)
 
     at = torch.tensor(list(places), device=lm.device)  # (n, 2)
-    batch = pad([Row(ids, len(ids)) for ids, _ in items], lm.device)
     found = LogitReader(logits_at(lm, batch, (at[:, 0], at[:, 1]))).at(list(zip(wanted, gold, strict=True)))
     logp, pred = zip(*found, strict=True)
 
-    results, start = [], 0
-    for _, rows in items:
+    results, begin = [], 0
+    for _, rows in inputs:
         scores = []
         for row in rows:
-            part = slice(start, start := start + len(row.target_ids))
+            part = slice(begin, begin := begin + len(row.target_ids))
             scores.append(TokenScore(tuple(logp[part]), tuple(pred[part]), row.target_ids, row.boundary_merge))
         results.append(scores)
     return results
@@ -182,3 +222,35 @@ def fewest_inputs(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ..
             longest_rows.append(ids)
         carrier[ids] = len(longest_rows) - 1
     return longest_rows, [carrier[ids] for ids in inputs]
+
+
+def alike(inputs: Sequence[tuple[int, ...]], limits: Sequence[int], max_tokens: int) -> list[tuple[int, range]]:
+    """Cut inputs, sorted by their tokens, into families that begin alike, so that the fewest tokens are run.
+
+    Args:
+        limits: of each input, how many of its first tokens may be run apart: all before the first that predicts.
+        max_tokens: of a family, counted as if none were in common.
+
+    Returns:
+        Each family's number of common tokens, and its inputs; families of one where too little would be saved.
+    """
+    common = [0] + [n_common(pair) for pair in pairwise(inputs)]  # with the input before
+    best = [(0, 0, 0)]  # of the inputs up to each: the most that can be saved; where its last family begins, and shares
+    for end in range(1, len(inputs) + 1):
+        found = best[end - 1][0], end - 1, 0
+        start, tokens = limits[end - 1], len(inputs[end - 1])
+        for begin in range(end - 2, max(end - MAX_FAMILY, 0) - 1, -1):
+            start, tokens = min(start, common[begin + 1], limits[begin]), tokens + len(inputs[begin])
+            if not start or tokens > max_tokens:
+                break
+            found = max(found, (best[begin][0] + start * (end - begin - 1), begin, start))
+        best.append(found)
+    if best[-1][0] < WORTH * sum(map(len, inputs)):
+        return [(0, range(i, i + 1)) for i in range(len(inputs))]
+    families: list[tuple[int, range]] = []
+    end = len(inputs)
+    while end:
+        _, begin, start = best[end]
+        families.append((start, range(begin, end)))
+        end = begin
+    return families[::-1]

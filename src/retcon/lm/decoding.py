@@ -1,7 +1,8 @@
 """Prompts that are run once, and what comes after them: tokens that are given, or the model's own.
 
-The attention's memory of a prompt serves every answer that is scored after it and the text that is written. Rows that
-have ended leave, so that a batch shrinks as its texts do.
+The attention's memory of a prompt serves every answer that is scored after it and the text that is written; that of a
+long common beginning, as a chat's system prompt, serves all prompts. Rows that have ended leave, so that a batch
+shrinks as its texts do.
 """
 
 import copy
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from retcon.lm.forward import Inputs, logits_at
 from retcon.lm.model import LM
+from retcon.lm.prompts import n_common
 
 if TYPE_CHECKING:
     from transformers import Cache
 
+WORTH = 0.5
+"""Share of all tokens from which running what prompts have in common once, in a pass of its own, saves time."""
 LEAVE_AT = 1 / 8
 """Share of the rows that have to have ended for the others to be gathered anew, which copies their memory."""
 
@@ -56,6 +60,7 @@ class Prompts:
 
         self.lm = lm
         lengths = [len(ids) for ids in prompts]
+        first = common_beginning(prompts)
         width = max(lengths)
         self.length: Int[Tensor, " rows"] = torch.tensor(lengths, device=lm.device)
         """Tokens of each row so far, padding left out."""
@@ -63,14 +68,21 @@ class Prompts:
         """Which columns are no padding; None: all."""
         if min(lengths) < width:
             assert pads(lm), "prompts of different lengths for a model that cannot have them padded"
-            self.mask = torch.arange(width, device=lm.device) >= width - self.length[:, None]
+            column = torch.arange(width, device=lm.device)
+            self.mask = (column < first) | (column - first >= width - self.length[:, None])
         self.cache: Cache = DynamicCache(config=lm.model.config.get_text_config(decoder=True))
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in prompts], device=lm.device)
-        start = torch.zeros_like(self.length)
+        none = torch.zeros_like(self.length)
+        if first:  # the same for all rows: run once
+            self._run(
+                torch.tensor([prompts[0][:first]], device=lm.device), none[:1], self.cache, None, none[:1], none[:1]
+            )
+            self.cache.layers = [_of_rows(layer, none) for layer in self.cache.layers]
+        ids = torch.tensor([[0] * (width - len(row)) + list(row[first:]) for row in prompts], device=lm.device)
+        start = none + first
         if self.mask is not None:
-            start = start - (width - self.length)  # padding has the position 0
+            start = start - (width - self.length)  # padding has earlier positions, 0 at least
         self.logits: Float[Tensor, "rows vocab"] = self._run(
-            ids, start, self.cache, self.mask, self._everyone, torch.full_like(self.length, width - 1)
+            ids, start, self.cache, self.mask, self._everyone, torch.full_like(self.length, ids.shape[1] - 1)
         )
         """Of the token that comes next."""
 
@@ -142,6 +154,12 @@ def _of_rows(layer: Any, index: Int[Tensor, " n"]) -> Any:
         found.keys = layer.keys.index_select(0, index.to(layer.keys.device))
         found.values = layer.values.index_select(0, index.to(layer.values.device))
     return found
+
+
+def common_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many first tokens all prompts have in common; 0 where to run them apart saves too little."""
+    n = min(n_common(prompts), min(map(len, prompts)) - 1)  # one is left to predict from
+    return n if n * (len(prompts) - 1) >= WORTH * sum(map(len, prompts)) else 0
 
 
 def write_tokens(

@@ -361,6 +361,12 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
+def n_common(texts: Sequence[Sequence[int]]) -> int:
+    """Return how many first tokens all texts have in common."""
+    columns = zip(*texts, strict=False)
+    return next((t for t, column in enumerate(columns) if len(set(column)) > 1), min(map(len, texts)))
+
+
 def pad(rows: Sequence[Row], device: torch.device | str = "cpu", *, side: Side = "right") -> Batch:
     """Put rows side by side, padded on one side; the pad id is 0 and only the mask tells padding from text."""
     check_choice(side, Side, "side to pad on")

@@ -7,13 +7,19 @@ answer at once with the recorded states. The block list keeps its length, since 
 place in it.
 """
 
-from retcon.lm.replay.capture import capture_states, common_beginnings, embedded_states
+from retcon.lm.replay.capture import (
+    after_common_beginnings,
+    capture_states,
+    common_beginnings,
+    embedded_states,
+)
 from retcon.lm.replay.run import flat_places, mlp_entries, replaying, running_at
 from retcon.lm.replay.states import Replayable, ReplayState, suffix_starts, tail, tokens_at
 
 __all__ = [
     "ReplayState",
     "Replayable",
+    "after_common_beginnings",
     "capture_states",
     "common_beginnings",
     "embedded_states",

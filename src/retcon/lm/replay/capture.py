@@ -1,6 +1,6 @@
 """Recording what a replay starts from: each token is run once, and no further up than it is asked for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from retcon.lm.batches import MAX_BATCH_TOKENS, buckets
 from retcon.lm.forward import Hook, Inputs, Point, StopForward, run
 from retcon.lm.model import LM
-from retcon.lm.prompts import Row, pad
+from retcon.lm.prompts import Row, n_common, pad
 from retcon.lm.replay.states import ReplayState, cache_of, row_arguments, tail, tokens_at
 
 if TYPE_CHECKING:
@@ -86,6 +86,19 @@ def _shared(
     return past.of(place)
 
 
+def after_common_beginnings(
+    lm: LM, texts: Sequence[tuple[int, ...]], starts: Sequence[int], group: Sequence[int], max_batch_tokens: int
+) -> Iterator[tuple[list[int], Inputs]]:
+    """Give batches of texts, and what a pass over their tokens from `starts` on takes; those before are run once for
+    all texts of a group, which have them in common."""
+    with torch.no_grad():
+        past = _shared(lm, texts, starts, group, max_batch_tokens)
+    suffixes = [ids[start:] for ids, start in zip(texts, past.ends, strict=True)]
+    for rows in buckets([len(ids) for ids in suffixes], max_batch_tokens):
+        cache = past.of(rows).cache(lm.n_layers)
+        yield rows, _inputs(lm, [suffixes[i] for i in rows], [past.ends[i] for i in rows], cache)
+
+
 def common_beginnings(
     texts: Sequence[tuple[int, ...]], limits: Sequence[int], prefix_group: Sequence[int]
 ) -> tuple[list[int], list[int]]:
@@ -103,10 +116,9 @@ def common_beginnings(
     place = [0] * len(texts)
     for group, rows in members.items():
         shortest = min(limits[r] for r in rows) if group >= 0 and len(rows) > 1 else 0
-        columns = zip(*(texts[r][:shortest] for r in rows), strict=True)
         for r in rows:
             place[r] = len(ends)
-        ends.append(next((t for t, column in enumerate(columns) if len(set(column)) > 1), shortest))
+        ends.append(n_common([texts[r][:shortest] for r in rows]))
     return ends, place
 
 
