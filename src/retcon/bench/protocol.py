@@ -122,6 +122,12 @@ def n_units(protocol: Protocol, n_cases: int) -> int:
     return chunks if protocol.restores else chunks + 1
 
 
+def unit_keys(protocol: Protocol, units: Units, chunks: Sequence[Sequence[Case]]) -> list[str]:
+    """Return the keys of all units; a sequence's last one is of what is measured after its last step."""
+    keys = [units.key(step, [case.id for case in chunk]) for step, chunk in enumerate(chunks)]
+    return keys if protocol.restores else [*keys, units.key(len(chunks), ["final"])]
+
+
 def _independent(
     run: RunContext, chunks: Sequence[Sequence[Case]], units: Units, size: int, first: int
 ) -> Iterator[Unit]:
@@ -145,8 +151,7 @@ def _sequence(
 ) -> Iterator[Unit]:
     """Take the steps on one model; a step's delta is kept before anything is measured, and read again on resuming."""
     lm, state = run.lm, None
-    keys = [units.key(step, [case.id for case in chunk]) for step, chunk in enumerate(chunks)]
-    last_key = units.key(len(chunks), ["final"])
+    *keys, last_key = unit_keys(protocol, units, chunks)
     kept = [units.load(key) for key in keys]
     finished = units.load(last_key) if None not in kept else None  # a step made again needs those before it
     cheap = replace(run.measures, generate=False, metrics=(), fluency=(), references=None, locality_text=False)

@@ -27,7 +27,7 @@ from retcon.bench.manifest import (
     run_id,
     write_or_verify,
 )
-from retcon.bench.protocol import RunContext, editable, n_units, run_units
+from retcon.bench.protocol import RunContext, editable, n_units, run_units, unit_keys
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
 from retcon.bench.unedited import measure_unedited
 from retcon.bench.units import Unit, Units
@@ -322,13 +322,11 @@ class BegunRun:
 
     @cached_property
     def kept(self) -> list[Unit | None]:
-        """The units of a run that restores, as far as the directory has them; one None for a sequence."""
-        if self.part is None:
+        """The units of a run, as far as the directory has them; one None for a sequence that lacks one."""
+        if (part := self.part) is None:
             return []
-        if not self.part.protocol.restores:
-            return [None]
-        units = self.part.units
-        return [units.load(units.key(i, [case.id for case in chunk])) for i, chunk in enumerate(self.part.chunks)]
+        found = [part.units.load(key) for key in unit_keys(part.protocol, part.units, part.chunks)]
+        return found if part.protocol.restores or None not in found else [None]
 
     def units(self, made: Iterator[Iterable[Unit]]) -> Generator[Unit]:
         """Yield all units, those that are not kept as they come from workers."""
@@ -503,7 +501,7 @@ class CellRunner:
     def _warm_up(self, part: RunPart, work: RunUnits) -> None:
         """Make an edit that is thrown away, so that statistics are collected and caches filled before time is taken,
         unless the run has its first unit."""
-        first_unit = part.units.key(0, [case.id for case in part.plan.cases[: part.size]])
+        first_unit, *_ = unit_keys(part.protocol, part.units, part.chunks)
         if not self.spec.warm_up or part.units.load(first_unit) is not None:
             return
         if (first := next(editable(self.lm, part.plan.cases, part.method.needs_subject), None)) is None:
