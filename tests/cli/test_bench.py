@@ -125,6 +125,15 @@ def test_fewer_cases_of_a_file_leave_out_the_checkpoints_beyond_them(cli: Callab
     assert "a curve's batches are its points" in cli(*run, "--protocol", "curve", "--batch", "2", code=2).stderr
 
 
+def test_a_protocol_that_is_named_is_the_files_own(cli: Callable[..., Any], file: Path) -> None:
+    """With its cases and checkpoints, which `--protocol` alone once dropped."""
+    file.write_text(TOML + '[[protocols]]\nn = 2\n[[protocols]]\nkind = "sequential"\nn = 1\ncheckpoints = [1]\n')
+    run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--dry-run", "--json")
+    for kind, name in (("sequential", "sequential-1"), ("single", "single-all")):
+        (found,) = json.loads(cli(*run, "--protocol", kind).stdout)["runs"]
+        assert name in found["run"]
+
+
 def test_protocols_that_an_option_makes_one_run_once(cli: Callable[..., Any], file: Path) -> None:
     file.write_text(TOML + "[[protocols]]\nn = 1\n[[protocols]]\nn = 2\n")
     run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--dry-run", "--json")

@@ -54,7 +54,11 @@ def bench(
         typer.Option(help="When facts contradict each other: refuse, or keep the first or last; over the file's."),
     ] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="single, batch, sequential, batch_sequential or curve.", show_default="batch")
+        str | None,
+        typer.Option(
+            help="single, batch, sequential, batch_sequential or curve: the file's of that kind, or else a new one.",
+            show_default="batch",
+        ),
     ] = None,
     n: Annotated[
         int | None, typer.Option(min=1, help="Cases; of a curve, its last point at most.", show_default="all")
@@ -172,9 +176,10 @@ def _spec(
             spec = replace(spec, methods=once)
     places = {"model": model, "dataset": dataset, "corpus": corpus, "text": text}
     spec = spec.with_places(**{k: None if v is None else str(v) for k, v in places.items()})
-    if protocol is not None:
-        spec = replace(spec, protocols=(Protocol(kind=protocol, n=n, batch=batch),))  # type: ignore[arg-type]
-    elif n is not None or batch is not None:
+    if protocol is not None:  # the file's of that kind, or else a new one
+        own = tuple(p for p in spec.protocols if p.kind == protocol) if file is not None else ()
+        spec = replace(spec, protocols=own or (Protocol(kind=protocol, n=n, batch=batch),))  # type: ignore[arg-type]
+    if n is not None or batch is not None:
         over: dict[str, Any] = {name: value for name, value in (("n", n), ("batch", batch)) if value is not None}
         kept: dict[Protocol, Protocol] = {}
         for p in (replace(_within(p, n), **over) for p in spec.protocols):  # what is now one, once
