@@ -70,6 +70,18 @@ def add_corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", help="text for second moments; the model's default if left out")
 
 
+def add_editors(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--editor", nargs="*", default=[], metavar="METHOD=FILE", help="trained editors, by `retcon fit`"
+    )
+
+
+def named(pairs: Sequence[str], label: str, setting: str) -> dict[str, Any]:
+    """Return the setting that is named for a row, if one is."""
+    given = dict(pair.split("=", 1) for pair in pairs)
+    return {setting: given[label]} if label in given else {}
+
+
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """Add the option that chooses among a model's presets."""
     parser.add_argument("--dataset", metavar="NAME", help="take the preset for this kind of data, such as world-first")

@@ -13,15 +13,22 @@ the edit's prompt. Seconds per edit are the processor's, so that other processes
 Methods that search the same values share them, and only the first is timed.
 """
 
-import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import retcon
-from benchmarks.common import cases_of, command_line, edited_and_measured, machine, moments_of, percents, print_row
+from benchmarks.common import (
+    add_editors,
+    cases_of,
+    command_line,
+    edited_and_measured,
+    machine,
+    moments_of,
+    named,
+    percents,
+    print_row,
+)
 from retcon.evaluation import evaluate
 from retcon.memory.values import ValueCache
 
@@ -29,18 +36,6 @@ NAMES = {"alphaedit": "AlphaEdit", "full_c": "Full-C", "lora": "LoRA", "adalora"
 ROWS = {NAMES.get(name, name.upper().replace("_", "-")): name for name in retcon.list_methods()}
 FAMILY = ["ROME", "R-ROME", "MEMIT", "RECT", "PRUNE", "AlphaEdit", "EMMET", "PMET", "JEEP"]
 """The locate-then-edit methods, which are run where none are named."""
-
-
-def add_editors(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--editor", nargs="*", default=[], metavar="METHOD=FILE", help="trained editors, by `retcon fit`"
-    )
-
-
-def named(pairs: Sequence[str], label: str, setting: str) -> dict[str, Any]:
-    """Return the setting that is named for a row, if one is."""
-    given = dict(pair.split("=", 1) for pair in pairs)
-    return {setting: given[label]} if label in given else {}
 
 
 def main() -> None:

@@ -21,13 +21,15 @@ from benchmarks.common import (
     add_cases,
     add_corpus,
     add_dataset,
+    add_editors,
     cases_of,
     command_line,
     estimated,
     machine,
     moments_of,
+    named,
 )
-from benchmarks.methods_table import FAMILY, add_editors, named
+from benchmarks.methods_table import FAMILY
 from benchmarks.methods_table import ROWS as METHODS
 from retcon.drawing import figure, save
 from retcon.evaluation import evaluate
