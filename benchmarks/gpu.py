@@ -13,7 +13,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import retcon
 from benchmarks import released_jeep
 from benchmarks.common import command_line, dtype_on, jeep_of, machine, print_row, timed
+from benchmarks.compiled_steps import CompiledSteps
 from benchmarks.evaluation import NATIVE, floor_of, native_cases, noting_texts
 from benchmarks.fast_path import floor
 from benchmarks.large_models import count, identity, prepared, settings
@@ -63,7 +63,7 @@ class Size:
 
 
 FULL = Size(("llama-3-8b", "gpt-j-6b"), (1, 512), 20, 1_000_000, 64)
-TINY = Size(("llama-256", "gptj-128"), (1, 4), 3, 2_048, 4)
+TINY = Size(("llama-256", "gptj-128"), (1, 4), 4, 2_048, 4)
 
 RELEASED_FOR = "gpt-j-6b"
 """The shape for which the released code has settings."""
@@ -147,7 +147,7 @@ class Card:
             yield (
                 f"search, {m} edits, steps launched piece by piece",
                 name,
-                self._in_pieces(lm, edits[:m], search_all),
+                self._in_pieces(edits[:m], search_all),
                 "",
             )
             if n == 1:
@@ -170,19 +170,45 @@ class Card:
         gain = f"{1000 * took:.0f} ms, {1000 * took / self.an_edit[name]:.1f} times ours"
         yield f"plain path, one edit, {size.steps} steps", name, gain, ""
 
-    def _in_pieces(self, lm: LM, edits: Sequence[Edit], search: Callable[[Sequence[Edit]], Values]) -> str:
+    def _in_pieces(self, edits: Sequence[Edit], search: Callable[[Sequence[Edit]], Values]) -> str:
         """Say what a search takes without captured steps and with them, and that both find the same."""
-        found: list[Values] = []
-        took = []
-        for scope in (patch.dict(schedule.CAPTURED, clear=True), nullcontext()):
-            with scope:
-                search(edits)
-                took.append(self.seconds(lambda: found.append(search(edits))))
-        off, most = apart(found[1], found[0], lm.dtype)
-        steps = max(r.steps for r in found[0].report)
+        with patch.dict(schedule.CAPTURED, clear=True):
+            search(edits)
+            pieces, took = timed(partial(search, edits), device=self.device)
+        search(edits)
+        captured, less = timed(partial(search, edits), device=self.device)
+        off = self._same(captured, pieces, "captured")
+        return f"{took:.2f} s; captured {less:.2f} s; values {off:.0e} apart"
+
+    def compiled(self, name: str) -> Iterator[Row]:
+        """Time a search whose steps are compiled, beside the way that the device has now."""
+        lm = self.model(name)
+        method = settings(SHAPES[name][1], self.size.steps)
+        _, contexts, places, search = prepared(lm, method)
+        edits = [case.edits[0] for case in world.cases(min(64, max(self.size.n)))]
+        search_all = partial(search_values, lm, edits, places, contexts, search)
+        search_all()
+        now, took = timed(search_all, device=self.device)
+        steps = CompiledSteps(self.device.type)
+        with patch.dict(schedule.CAPTURED, {self.device.type: steps}):
+            found, all_of_it = timed(search_all, device=self.device)
+        if not steps.seconds:
+            raise Failed(f"{name}: no step was compiled")
+        off, compiling = self._same(found, now, "compiled"), sum(steps.seconds)
+        shown = f"compiled {all_of_it - compiling:.2f} s, after {compiling:.0f} s of compiling; values {off:.0e} apart"
+        yield f"search, {len(edits)} edits, steps as now", name, f"{took:.2f} s; {shown}", ""
+
+    def _same(self, found: Values, wanted: Values, kind: str) -> float:
+        """Return how far apart the values of two ways are.
+
+        Raises:
+            Failed: too far.
+        """
+        off, most = apart(found, wanted, self.dtype)
         if not off <= most:
-            raise Failed(f"captured steps and others part by {off:.1e} after {steps} steps")
-        return f"{took[0]:.2f} s; captured {took[1]:.2f} s; values {off:.0e} apart"
+            steps = max(r.steps for r in wanted.report)
+            raise Failed(f"{kind} steps and others part by {off:.1e} after {steps} steps")
+        return off
 
     def by_released_code(self, name: str) -> Iterator[Row]:
         """Time the released search, one edit after the other."""
@@ -296,6 +322,8 @@ def parts(card: Card) -> list[tuple[str, float, Callable[[], Iterator[Row]]]]:
         found.append((f"search, {name}", 120, partial(card.search, name)))
         if card.released is not None and name == RELEASED_FOR:
             found.append(("released code", 30, partial(card.by_released_code, name)))
+    last = card.size.shapes[-1]
+    found.append((f"compiled steps, {last}", 150, partial(card.compiled, last)))
     return found
 
 

@@ -4,11 +4,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import evaluation, gpu, released_jeep
+from benchmarks.compiled_steps import CompiledSteps
 
 from retcon.edits import Case, Query
 from retcon.errors import InvalidSetting, OutOfMemory
@@ -25,8 +27,11 @@ def test_without_a_card_the_command_says_how_to_try_it(capsys: pytest.CaptureFix
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
-def test_every_part_runs_and_checks_its_results(capsys: pytest.CaptureFixture[str]) -> None:
-    size = gpu.Size(("gptj-128",), (1, 2), steps=2, tokens=1024, n_cases=1)
+def test_every_part_runs_and_checks_its_results(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "CompiledSteps", partial(CompiledSteps, backend="aot_eager"))  # others take a compiler
+    size = gpu.Size(("gptj-128",), (1, 2), steps=4, tokens=1024, n_cases=1)
     assert gpu.measure(gpu.Card(size, "cpu", torch.float32), minutes=60)
     printed = capsys.readouterr().out
     for part in (
@@ -41,6 +46,7 @@ def test_every_part_runs_and_checks_its_results(capsys: pytest.CaptureFixture[st
         "plain path, one edit",
         "moments of",
         "Cholesky",
+        "s of compiling",
     ):
         assert part in printed, part
     assert "| 0.00 / " in printed or " / 0.00 / " in printed  # no step waits
