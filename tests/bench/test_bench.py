@@ -18,11 +18,13 @@ from retcon.bench import (
     MethodSpec,
     ModelSpec,
     estimate,
+    pieces,
     read_bench,
     run_bench,
     spec_from_file,
 )
 from retcon.bench import run as running
+from retcon.bench.duration import N_PROBED
 from retcon.bench.inputs import read_inputs
 from retcon.bench.manifest import differences, measures_record
 from retcon.bench.report.write import write_report
@@ -173,7 +175,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(spec: BenchSpec, tmp_path:
 def test_an_interrupted_run_with_failed_edits_goes_on_to_the_same_bytes(
     spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = running.in_steps
+    real = pieces.in_steps
 
     def failing(method: Any, lm: LM, edits: Sequence[Edit], **rest: Any) -> Any:
         delta = real(method, lm, edits, **rest)
@@ -181,7 +183,7 @@ def test_an_interrupted_run_with_failed_edits_goes_on_to_the_same_bytes(
             raise NonFinite("the loss is NaN")
         return delta
 
-    monkeypatch.setattr(running, "in_steps", failing)
+    monkeypatch.setattr(pieces, "in_steps", failing)
     spec = dataclasses.replace(spec, warm_up=False, protocols=(Protocol(kind="sequential", checkpoints=(1, 2, 4)),))
     run_bench(spec, tmp_path / "whole")
     wanted, n_calls = results(tmp_path / "whole"), ACTING.calls
@@ -217,7 +219,7 @@ def test_a_method_for_one_fact_makes_a_batch_one_by_one(
 def test_an_estimate_leaves_out_what_a_run_leaves_out(spec: BenchSpec, tmp_path: Path) -> None:
     long = Edit("word " * 3000 + "{} is", "Norway", "Rome", "Oslo")
     other = dataclasses.replace(CASES[0].edits[0], target_new="Oslo", id="other")
-    rows = [Case(f"long {i}", (dataclasses.replace(long, id=str(i)),), ()) for i in range(running.N_PROBED)]
+    rows = [Case(f"long {i}", (dataclasses.replace(long, id=str(i)),), ()) for i in range(N_PROBED)]
     rows += [*CASES[:2], Case("other", (other,), CASES[0].queries)]
     write_cases(tmp_path / "cases.jsonl", rows)
     (dataset,) = spec.datasets
@@ -817,13 +819,13 @@ def test_files_of_the_results_name_methods_and_settings_that_there_are(path: Pat
 
 def test_a_seed_is_the_seed_that_edit_takes(spec: BenchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = set()
-    real = running.in_steps
+    real = pieces.in_steps
 
     def noting(*arguments: Any, seed: int, **named: Any) -> Any:
         seeds.add(seed)
         return real(*arguments, seed=seed, **named)
 
-    monkeypatch.setattr(running, "in_steps", noting)
+    monkeypatch.setattr(pieces, "in_steps", noting)
     running.run_bench(dataclasses.replace(spec, seeds=(3,)), tmp_path / "bench")
     assert seeds == {3}
 

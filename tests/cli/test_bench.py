@@ -157,7 +157,7 @@ def test_edits_that_fail_are_counted(cli: Callable[..., Any], file: Path, monkey
     def failing(*_: Any, **__: Any) -> None:
         raise NonFinite("the loss is NaN")
 
-    monkeypatch.setattr("retcon.bench.run.in_steps", failing)
+    monkeypatch.setattr("retcon.bench.pieces.in_steps", failing)
     run = ("bench", str(file), "--model", "gptj", "--corpus", "corpus.txt", "--out", "out")
     told = cli(*run)
     assert "2 edits failed" in told.stderr

@@ -15,7 +15,7 @@ import retcon
 from retcon import world
 from retcon.bench import BenchSpec, DatasetSpec, Event, MethodSpec, ModelSpec, run_bench
 from retcon.bench import run as running
-from retcon.bench.run import RunUnits
+from retcon.bench.pieces import RunUnits
 from retcon.bench.spec import MeasureSpec, Protocol
 from retcon.cluster import workers, working_on
 from retcon.errors import NonFinite, RetconWarning

@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retcon.bench.manifest import read_manifest
+from retcon.bench.manifest import read_manifest, run_id
+from retcon.bench.spec import Cell
 from retcon.errors import MalformedFile
 from retcon.evaluation.records import Record, read_records
-from retcon.files import read_json_rows
+from retcon.files import read_json_rows, short_name
 from retcon.version import __version__
 
 MANIFEST = "manifest.json"
@@ -130,3 +131,10 @@ def unfinished_runs(root: Path) -> list[Path]:
     """Return the folders of the runs that were begun and have no records yet."""
     begun = sorted(path.parent for path in (root / "runs").glob(f"*/{MANIFEST}"))
     return [folder for folder in begun if not (folder / FINISHED).is_file()]
+
+
+def place_of(cell: Cell, manifest: Mapping[str, Any], root: Path) -> tuple[str, Path]:
+    """Return a run's identity, and its folder: the one that there is, under whatever words for the protocol."""
+    identity = run_id(manifest)
+    there = sorted((root / "runs").glob(f"*_{identity[:8]}"))
+    return identity, there[0] if there else root / "runs" / f"{short_name(cell.slug)}_{identity[:8]}"

@@ -1,14 +1,17 @@
 """What a benchmark reads, checked before a model is loaded and before torch is imported."""
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from retcon.bench.spec import BenchSpec, Cell, DatasetSpec, Protocol
+from retcon.edits import Case
 from retcon.errors import InvalidSetting, RetconError
 from retcon.evaluation.datasets import Loaded, read_cases
 from retcon.files import check_exists, read_prose
 from retcon.memory.corpus import check_corpus
 from retcon.methods.common.presets import check_early
+from retcon.seed import derive_seed
 
 
 def read_inputs(spec: BenchSpec) -> dict[str, Loaded]:
@@ -72,3 +75,16 @@ def cells_of(spec: BenchSpec, cases: Mapping[str, int]) -> list[Cell]:
         for seed in spec.seeds
         for method in spec.methods
     ]
+
+
+def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:
+    """Return the cases of a run: the first ones, or those that the seed draws; curves are nested, for the order is one.
+
+    Raises:
+        InvalidSetting: fewer cases than the protocol asks for.
+    """
+    n, _ = cell.protocol.sizes(len(cases))
+    order = list(cases)
+    if cell.dataset.order == "shuffle":
+        random.Random(derive_seed(cell.seed, "order")).shuffle(order)
+    return order[:n]

@@ -1,22 +1,19 @@
 """Running a benchmark: every cell into a directory of its own, unit by unit, so that it can be ended and resumed."""
 
 import json
-import random
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from retcon.atomic import TEMPORARY, remove_abandoned, turn_in, write_atomically
-from retcon.attachment import Attachment
-from retcon.bench.directory import FINISHED, LISTING, MANIFEST, read_listing, unfinished_runs
-from retcon.bench.inputs import cells_of, read_inputs
+from retcon.bench.directory import FINISHED, LISTING, MANIFEST, place_of, read_listing, unfinished_runs
+from retcon.bench.inputs import cells_of, chosen_cases, read_inputs
 from retcon.bench.manifest import (
     bench_versions,
     command_line,
@@ -24,43 +21,32 @@ from retcon.bench.manifest import (
     environment,
     manifest_of,
     read_manifest,
-    run_id,
     write_or_verify,
 )
-from retcon.bench.protocol import RunContext, editable, n_units, run_units, unit_keys
+from retcon.bench.pieces import VALUES, BegunRun, Pieces, RunPart, RunUnits, WholeModel
+from retcon.bench.protocol import editable, n_units, unit_keys
 from retcon.bench.spec import MEASURE_FILES, BenchSpec, Cell, MethodSpec, ModelSpec, Protocol
 from retcon.bench.unedited import measure_unedited
 from retcon.bench.units import Unit, Units
 from retcon.checked import through_json
-from retcon.edits import Case, Edit, cases_hash, resolve_conflicts
-from retcon.errors import InvalidSetting, MalformedFile, RetconError, RetconWarning
-from retcon.evaluation.ability import ability
+from retcon.edits import Case, cases_hash
+from retcon.errors import MalformedFile, RetconError, RetconWarning
 from retcon.evaluation.datasets import Loaded, LoadReport
-from retcon.evaluation.drift import Perplexity, perplexity
-from retcon.evaluation.measure import covering, measure
 from retcon.evaluation.metrics.consistency import References
 from retcon.evaluation.plan import Measures, QueryPlan, plan_queries
-from retcon.evaluation.records import Record, When, whole_model_record, write_records
+from retcon.evaluation.records import whole_model_record, write_records
 from retcon.evaluation.results import Evaluation
-from retcon.files import all_shared, as_shared, read_prose, short_name
+from retcon.files import all_shared, as_shared, read_prose
 from retcon.lm.load import load as load_model
-from retcon.lm.model import LM
 from retcon.memory.timed import TimedMoments
-from retcon.memory.values import ValueCache
 from retcon.methods.common.choosing import method as make_method
 from retcon.methods.common.contract import check_model_has_layers
 from retcon.methods.common.registry import method_class
-from retcon.methods.common.sequence import in_steps
-from retcon.seed import derive_seed
-from retcon.work import Done, Here, Workers, in_order, map_whole_edits, silent, whole_edits
+from retcon.work import Here, Workers, in_order, map_whole_edits, silent, whole_edits
 from retcon.workflow.moments import moments_for
 
-VALUES = "values"
-"""Folder of values found by a batch that has not ended."""
 REPLACED = f"replaced-{MANIFEST}"
 """What a stopped run was asked, once the benchmark has finished without it."""
-N_PROBED = 8
-"""Cases edited and measured for an estimate."""
 
 
 @dataclass(frozen=True)
@@ -203,162 +189,6 @@ def _portable(spec: BenchSpec) -> dict[str, Any]:
     return own | {"text": spec.text and Path(spec.text).name}
 
 
-def chosen_cases(cases: Sequence[Case], cell: Cell) -> list[Case]:
-    """Return the cases of a run: the first ones, or those that the seed draws; curves are nested, for the order is one.
-
-    Raises:
-        InvalidSetting: fewer cases than the protocol asks for.
-    """
-    n, _ = cell.protocol.sizes(len(cases))
-    order = list(cases)
-    if cell.dataset.order == "shuffle":
-        random.Random(derive_seed(cell.seed, "order")).shuffle(order)
-    return order[:n]
-
-
-@dataclass
-class WholeModel:
-    """What is measured of a model rather than of cases: perplexity and tasks."""
-
-    spec: BenchSpec
-    text: str | None
-    unedited: Perplexity | None = None
-
-    def __call__(self, lm: LM, when: When, step: int) -> list[Record]:
-        """Measure the model as it is now; the first look is at the unedited one."""
-        records = []
-        if self.text is not None:
-            found = perplexity(lm, self.text, max_tokens=self.spec.text_tokens)
-            base = self.unedited = self.unedited or found
-            for variant, value in (
-                ("ppl.value", found.ppl),
-                ("ppl.ratio", found.ppl / base.ppl),
-                ("ppl.nll_change", found.nll - base.nll),
-            ):
-                records.append(whole_model_record(when, "perplexity", variant, value, found.n_tokens, step))
-        if self.spec.tasks:
-            records += ability(lm, self.spec.tasks, when=when, step=step, limit=self.spec.task_limit)
-        return records
-
-
-@dataclass(frozen=True)
-class RunPart:
-    """A run, or one unit of a run that restores, with all that is its own."""
-
-    method: Any
-    seed: int
-    protocol: Protocol
-    plan: QueryPlan
-    """Of its cases."""
-    pre: Evaluation
-    """Of the unedited model on them."""
-    units: Units
-    size: int
-    """Cases edited in one call."""
-    first: int = 0
-    """Number of the first unit."""
-
-    @property
-    def chunks(self) -> list[tuple[Case, ...]]:
-        """The cases of each call."""
-        return [self.plan.cases[i : i + self.size] for i in range(0, len(self.plan.cases), self.size)]
-
-    def unit(self, step: int, measures: Measures) -> "RunPart":
-        """Return one unit of the whole run; whoever asked for it keeps what comes of it."""
-        plan = self.plan.of(self.chunks[step])
-        pre = covering(self.pre, plan, measures)
-        return replace(self, plan=plan, pre=pre, units=Units(None, self.units.run_id), first=step)
-
-
-@dataclass(frozen=True)
-class RunUnits:
-    """The units of a run, or one of them, as work that can be sent elsewhere."""
-
-    moments: TimedMoments
-    whole_model: WholeModel
-    measures: Measures
-    root: Path
-    """The benchmark's directory, on the machine that asks."""
-    share_values: bool
-
-    def propose(
-        self, lm: LM, part: RunPart, edits: Sequence[Edit], state: Any = None, values: ValueCache | None = None
-    ) -> Attachment:
-        """Return the change that writes `edits` by the method of a run."""
-        return in_steps(part.method, lm, edits, moments=self.moments, state=state, values=values, seed=part.seed)
-
-    def __call__(self, lm: LM, piece: RunPart, progress: Done) -> Iterator[Unit]:
-        """Yield the units in order; those that the directory has, where it is seen, are not made again."""
-        seen, run_id = self.root.is_dir(), piece.units.run_id  # a worker on another machine does not see it
-        kept = ValueCache(self.root / VALUES / ("" if self.share_values else run_id[:8])) if seen else None
-        run = RunContext(
-            lm=lm,
-            plan=piece.plan,
-            measures=replace(self.measures, seed=piece.seed),
-            propose=lambda lm, edits, state: self.propose(lm, piece, edits, state, kept),
-            pre=piece.pre,
-            measure_model=partial(self.whole_model, lm),
-            excluded_seconds=lambda: self.moments.seconds,
-            n_cached_values=lambda: 0 if kept is None else kept.resumed,
-            needs_subject=piece.method.needs_subject,
-        )
-        units = piece.units if seen else Units(None, run_id)
-        with closing(run_units(run, piece.protocol, units, size=piece.size, first=piece.first)) as made:
-            for unit in made:  # closed, it restores the model
-                if kept is not None and not self.share_values:
-                    kept.discard()
-                yield unit
-
-
-@dataclass(frozen=True)
-class BegunRun:
-    """A run whose folder is there, and what is left of it."""
-
-    cell: Cell
-    directory: Path
-    identity: str
-    part: RunPart | None
-    """All of it; None where it had been finished."""
-
-    @cached_property
-    def kept(self) -> list[Unit | None]:
-        """The units of a run, as far as the directory has them; one None for a sequence that lacks one."""
-        if (part := self.part) is None:
-            return []
-        found = [part.units.load(key) for key in unit_keys(part.protocol, part.units, part.chunks)]
-        return found if part.protocol.restores or None not in found else [None]
-
-    def units(self, made: Iterator[Iterable[Unit]]) -> Generator[Unit]:
-        """Yield all units, those that are not kept as they come from workers."""
-        for unit in self.kept:
-            yield from next(made) if unit is None else [unit]
-
-
-class _Pieces(Sequence[RunPart]):
-    """What is left of several runs, each piece made when it is sent."""
-
-    def __init__(self, runs: Iterable[BegunRun], measures: Measures) -> None:
-        self.measures = measures
-        self.left = [
-            (run.part, i) for run in runs if run.part is not None for i, unit in enumerate(run.kept) if unit is None
-        ]
-
-    def __len__(self) -> int:
-        return len(self.left)
-
-    def __getitem__(self, place: Any) -> Any:
-        part, i = self.left[place]
-        return part.unit(i, self.measures) if part.protocol.restores else part
-
-    def saved(self, results: Iterable[tuple[int, Iterable[Unit]]]) -> Iterator[tuple[int, list[Unit]]]:
-        """Keep the units of each piece on disk as they come."""
-        for place, made in results:
-            units = list(made)
-            for unit in units:
-                self.left[place][0].units.save(unit)
-            yield place, units
-
-
 class CellRunner:
     """A loaded model and what the cells that share it share."""
 
@@ -444,7 +274,7 @@ class CellRunner:
         pieces = None
         if not (spec.share_values or isinstance(self.lm.workers, Here)):
             runs = list(runs)
-            pieces = _Pieces(runs, self.measures)
+            pieces = Pieces(runs, self.measures)
         if pieces is None or len(pieces) < 2:
             for run in runs:
                 if run.part is not None:
@@ -535,13 +365,6 @@ class CellRunner:
         write_records(directory / FINISHED, evaluation.records, evaluation.context)  # the last to be written
 
 
-def place_of(cell: Cell, manifest: Mapping[str, Any], root: Path) -> tuple[str, Path]:
-    """Return a run's identity, and its folder: the one that there is, under whatever words for the protocol."""
-    identity = run_id(manifest)
-    there = sorted((root / "runs").glob(f"*_{identity[:8]}"))
-    return identity, there[0] if there else root / "runs" / f"{short_name(cell.slug)}_{identity[:8]}"
-
-
 def _case_row(case: Case) -> dict[str, Any]:
     """Return what a report says of a case."""
     relation = next((edit.relation_id for edit in case.edits if edit.relation_id), None)
@@ -564,81 +387,3 @@ def _measures(spec: BenchSpec) -> Measures:
     snippets, idf, vocabulary = (own.pop(name) for name in ("snippets", "idf", "vocabulary"))
     references = None if snippets is None else References.from_files(snippets, idf, vocabulary)
     return Measures(**own, references=references)
-
-
-# --- how long it will take ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunEstimate:
-    """What one run will take, from a few edits and cases."""
-
-    cell: Cell
-    n_cases: int
-    seconds_call: float
-    """Of a call for one edit."""
-    seconds_more: float
-    """Per further edit in a call, as much as in a call for a few; larger batches share more."""
-    seconds_measure: float
-    """Per case."""
-    finished_before: bool = False
-    """The directory has its records already."""
-
-    @property
-    def seconds_edit(self) -> float:
-        """Per edit."""
-        _, size = self.cell.protocol.sizes(self.n_cases)
-        return (self.seconds_call + (size - 1) * self.seconds_more) / size
-
-    @property
-    def seconds(self) -> float:
-        """Of the run: each case is edited once, measured before and after, in a sequence after its own step too."""
-        looks = 2 if self.cell.protocol.restores else 3 + len(self.cell.protocol.checkpoints)
-        return self.n_cases * (self.seconds_edit + looks * self.seconds_measure)
-
-
-def estimate(
-    spec: BenchSpec, directory: str | Path | None = None, *, loaded: Mapping[str, Loaded] | None = None
-) -> Iterator[RunEstimate]:
-    """Estimate every cell, in order: load the models, make a few edits per method and measure a few cases.
-
-    What is finished in `directory` takes no time.
-    """
-    loaded = read_inputs(spec) if loaded is None else loaded
-    cells = cells_of(spec, {label: len(cases) for label, (cases, _) in loaded.items()})
-    known: dict[tuple[str, str, str], tuple[float, float, float]] = {}
-    for model in spec.models:
-        bench = CellRunner(spec, model, loaded, time.perf_counter)
-        for cell in (c for c in cells if c.model is model):
-            everything, report = loaded[cell.dataset.label]
-            cases = chosen_cases(everything, cell)
-            if directory is not None:
-                manifest = manifest_of(spec, cell, bench.lm, bench.method_of(cell), cases, report)
-                if (place_of(cell, manifest, Path(directory))[1] / FINISHED).is_file():
-                    yield RunEstimate(cell, len(cases), 0.0, 0.0, 0.0, finished_before=True)
-                    continue
-            key = (model.label, cell.dataset.label, cell.method.label)
-            if key not in known:
-                known[key] = _probe(bench, cell, cases)
-            yield RunEstimate(cell, len(cases), *known[key])
-
-
-def _probe(bench: CellRunner, cell: Cell, cases: Sequence[Case]) -> tuple[float, float, float]:
-    """Return (seconds of a call for one edit, of each further edit in it, of measuring a case)."""
-    lm, chosen = bench.lm, bench.method_of(cell)
-    few = list(islice(editable(lm, cases, chosen.needs_subject), N_PROBED))
-    edits = resolve_conflicts([edit for case in few for edit in case.edits], "drop")
-    if not edits:
-        raise InvalidSetting(f"{cell.dataset.label}: none of the {len(cases):,} cases can be edited")
-
-    def seconds(some: Sequence[Edit]) -> float:
-        started = time.perf_counter()
-        in_steps(chosen, lm, some, moments=bench.moments)
-        return time.perf_counter() - started
-
-    seconds(edits[:1])  # statistics are collected, caches filled
-    call, several = seconds(edits[:1]), seconds(edits)
-    more = max(several - call, 0.0) / (len(edits) - 1) if len(edits) > 1 else call
-    started = time.perf_counter()
-    measure(lm, plan_queries(lm, few, bench.measures), bench.measures, "pre")
-    return call, more, (time.perf_counter() - started) / len(few)
