@@ -217,6 +217,28 @@ def test_fine_tuning_gets_a_rate_by_which_half_of_a_few_edits_reach_their_loss(t
     assert not any("doubled" in note for note in without_stop.notes)
 
 
+def test_fine_tuning_gets_the_layer_at_which_a_step_stays_with_its_fact(tiny, edits):
+    def chosen(of=edits, **given):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RetconWarning)
+            return choose("ft", for_model=lm, cases=of, learning_rate=1e-3, **given)
+
+    lm = tiny("llama")
+    best = starting_point.fit_layer(lm, method_class("ft")(layers=(2,)), edits)
+    assert 0 not in best.of.layers
+    alone = starting_point.fit_layer(lm, method_class("ft")(layers=(2,)), edits, at_once=1)
+    assert alone.of.layers == (0, 1, 2, 3)
+    found = chosen()
+    assert found.method.layers == (best.layer,) == (best.of.best(),)
+    assert str(best) in found.notes
+    assert not any("by relative depth" in note for note in found.notes)
+    (note,) = (note for note in chosen(edits[:1]).notes if "layers" in note)  # no other fact says anything
+    assert note == "layers = 2: by relative depth, 4 layers"
+    assert chosen(layers=(3,)).method.layers == (3,)
+    assert chosen(None).method.layers == (2,)
+    assert starting_point.fit_layer(lm, method_class("ft")(layers=(2,), modules=("block",)), edits).layer == best.layer
+
+
 @dataclass(frozen=True, kw_only=True)
 class OwnTrained(Trainable):
     """Reads no settings from its editor."""

@@ -10,11 +10,19 @@ from retcon.errors import InvalidSetting, NoPreset
 from retcon.lm.model import LM, require_lm
 from retcon.methods.common.advised import probe_layers, settings_for
 from retcon.methods.common.contract import Method, ModelShape, check_as_trained
+from retcon.methods.common.fine_tuning import FineTuning
 from retcon.methods.common.locate_then_edit import SearchSettings
 from retcon.methods.common.presets import Preset, check_one_asked, preset_for, preset_named, presets
 from retcon.methods.common.registry import NO_PRESET, build, method_class
 from retcon.methods.common.settings import checked_settings
-from retcon.methods.common.starting_point import clamp_settings, edits_of, fit_clamps, fit_learning_rate, shape_notes
+from retcon.methods.common.starting_point import (
+    clamp_settings,
+    edits_of,
+    fit_clamps,
+    fit_layer,
+    fit_learning_rate,
+    shape_notes,
+)
 from retcon.methods.common.tuning import TuningSettings
 from retcon.methods.common.wrappers import Filter
 
@@ -107,7 +115,8 @@ def choose(
     notes: list[str] = []
     if by_rule is not None and shape is not None:
         made, fitted = _fitted(by_rule, made, settings, cases, at_once)
-        notes = _from_shape(chosen, shape, guess, settings, cases) + fitted
+        of_shape = {name: value for name, value in guess.items() if name not in {*settings, *fitted}}
+        notes = shape_notes(chosen, shape, of_shape) + list(dict.fromkeys(fitted.values()))
     if base is not None:
         notes += base.notes
     if by_rule is not None and (guess.keys() - settings.keys() or (_clamps(chosen, settings) and not cases)):
@@ -127,31 +136,28 @@ def _preset(name: str, preset: str | None, for_model: LM | None, dataset: str | 
     return preset_for(name, for_model, dataset) if preset is None and for_model is not None else None
 
 
-def _from_shape(
-    chosen: type[Method], shape: ModelShape, guess: Mapping[str, Any], given: Mapping[str, Any], cases: Facts
-) -> list[str]:
-    """Return what the rule takes from the model's shape, a line each, without what is fitted on the cases."""
-    fitted = set(clamp_settings(chosen))
-    if issubclass(chosen, TuningSettings) and chosen.fits_learning_rate and cases:
-        fitted.add("learning_rate")
-    return shape_notes(chosen, shape, {k: v for k, v in guess.items() if k not in {*given, *fitted}})
-
-
 def _fitted(
     lm: LM, made: Method, given: Mapping[str, Any], cases: Facts, at_once: int | None
-) -> tuple[Method, list[str]]:
-    """Return the method with clamps or a learning rate that suit the cases, where not given, and a line on it."""
+) -> tuple[Method, dict[str, str]]:
+    """Return the method with what suits the cases of clamps, layer and learning rate, where not given, and what to say
+    of each."""
     clamps = _clamps(type(made), given)
+    said: dict[str, str] = {}
     if isinstance(made, SearchSettings) and clamps and cases:
         found = fit_clamps(lm, made, edits_of(cases), clamps)
-        return replace(made, **found.clamps), [str(found)]
+        return replace(made, **found.clamps), dict.fromkeys(clamps, str(found))
+    if isinstance(made, FineTuning) and made.fits_layer and "layers" not in given and cases:
+        best = fit_layer(lm, made, edits_of(cases), at_once=at_once)
+        said |= {} if best is None else {"layers": str(best)}
+        made = made if best is None else replace(made, layers=(best.layer,))
     if isinstance(made, TuningSettings) and _rate_to_fit(made, given) and cases:
         step = fit_learning_rate(lm, made, edits_of(cases), at_once=at_once)
-        return replace(made, learning_rate=step.learning_rate), [str(step)]
+        made, said["learning_rate"] = replace(made, learning_rate=step.learning_rate), str(step)
     if clamps:
         shown = ", ".join(f"{clamp} = {made.settings[clamp]:g}" for clamp in clamps)
-        return made, [f"{shown}: the default, made for large models; given the edits (cases=), it is fitted to them"]
-    return made, []
+        note = f"{shown}: the default, made for large models; given the edits (cases=), it is fitted to them"
+        return made, dict.fromkeys(clamps, note)
+    return made, said
 
 
 def _rate_to_fit(made: TuningSettings, given: Iterable[str]) -> bool:

@@ -123,6 +123,8 @@ class Method(ABC):
     """Whether second moments may be those of a pass that was cut smaller where memory ran out (`--shrink`)."""
     fits_learning_rate: ClassVar[bool] = False
     """Whether a model without a preset gets a learning rate fitted to as many edits as will be written at once."""
+    fits_layer: ClassVar[bool] = False
+    """Whether a model without a preset gets the one layer that is trained from what the facts' gradients show."""
     bytes_per_value: ClassVar[int] = 20
     """Memory of each value that is trained: float32, its gradient, Adam's two moments, and a copy to go back to."""
 
