@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from retcon.edits import Edit
 from retcon.errors import RetconWarning
 from retcon.methods.common import starting_point
 from retcon.methods.common.choosing import choose, method
@@ -237,6 +238,16 @@ def test_fine_tuning_gets_the_layer_at_which_a_step_stays_with_its_fact(tiny, ed
     assert chosen(layers=(3,)).method.layers == (3,)
     assert chosen(None).method.layers == (2,)
     assert starting_point.fit_layer(lm, method_class("ft")(layers=(2,), modules=("block",)), edits).layer == best.layer
+
+
+def test_facts_that_cannot_be_asked_say_nothing_of_a_layer(tiny, edits):
+    lm, ft = tiny("gpt2"), method_class("ft")(layers=(2,))
+    wanted = starting_point.fit_layer(lm, ft, edits)
+    lost = Edit("The capital of France is", "Norway", "Oslo", id="lost")
+    long = Edit("word " * 3000 + "{} is", "Norway", "Oslo", id="long")
+    found = starting_point.fit_layer(lm, ft, [lost, long, *edits])
+    assert str(found) == str(wanted)
+    assert starting_point.fit_layer(lm, ft, [lost, long]) is None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ its own by |G_e|^2: of what the fact gains, x gets the share <G_e, G_x> / |G_e|^
 after a context, which is to be learned too, and the fact's answer after other facts' prompts, which is not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -51,6 +52,8 @@ def transfer(
 ) -> Transfer | None:
     """Return what a step on each of the edits gives to others, at each of `sites`; None where no edit has others.
 
+    What is longer than the model's context is left out.
+
     Args:
         among: facts whose prompts are the others, of an edit's relation where that is known.
         contexts: of which the first prefixes are taken.
@@ -59,22 +62,25 @@ def transfer(
     Raises:
         InvalidEdit, PositionNotFound: as `retcon.lm.prompts.encode_edit`.
     """
+
+    def fitting(asked: Iterable[tuple[Edit, str]], answer: str, n: int) -> list[Row]:
+        rows = (encode_edit(lm.tokenizer, edit, prefix, answer=answer) for edit, prefix in asked)
+        return list(islice((row for row in rows if row.n_needed <= (lm.context_length or row.n_needed)), n))
+
     shares = []
     for edit in edits:
-        if elsewhere := others_of(edit, among):
-            after = [encode_edit(lm.tokenizer, edit, prefix, answer=edit.target_new) for prefix in contexts.all]
-            wrong = [encode_edit(lm.tokenizer, other, answer=edit.target_new) for other in elsewhere]
-            n_own = min(len(after), 1 + N_CONTEXTS)
-            given = _given(lm, after[:n_own] + wrong, sites)
-            shares.append(torch.stack([given[:, 1:n_own].mean(1), given[:, n_own:].mean(1)]))
+        own = fitting(((edit, prefix) for prefix in contexts.all), edit.target_new, 1 + N_CONTEXTS)
+        wrong = fitting(((other, "") for other in others_of(edit, among)), edit.target_new, N_OTHERS)
+        if len(own) > 1 and wrong:
+            given = _given(lm, own + wrong, sites)
+            shares.append(torch.stack([given[:, 1 : len(own)].mean(1), given[:, len(own) :].mean(1)]))
     if not shares:
         return None
-    own, others = torch.stack(shares).mean(0)
-    return Transfer(tuple(site.layer for site in sites), own, others)
+    return Transfer(tuple(site.layer for site in sites), *torch.stack(shares).mean(0))
 
 
 def others_of(edit: Edit, among: Sequence[Edit]) -> list[Edit]:
-    """Return a few facts with another answer, of the edit's relation if there are any: the next ones after it."""
+    """Return the facts with another answer, of the edit's relation if there are any, from the next one on."""
     first = next((i + 1 for i, other in enumerate(among) if other.id == edit.id), 0)
     found = [
         other
@@ -82,7 +88,7 @@ def others_of(edit: Edit, among: Sequence[Edit]) -> list[Edit]:
         if other.text != edit.text and edit.target_new not in (other.target_new, other.target_true)
     ]
     related = [other for other in found if edit.relation_id and other.relation_id == edit.relation_id]
-    return (related or found)[:N_OTHERS]
+    return related or found
 
 
 def _given(lm: LM, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, "sites rows"]:

@@ -177,8 +177,8 @@ def fit_layer(lm: LM, method: FineTuning, edits: Sequence[Edit], *, at_once: int
     sites = [of[0] for of in by_layer[first:] if len(of) == 1]
     if len(sites) < 2:
         return None
-    asked = every_kth([edit for edit in edits if edit.subject is None or edit.subject_span is not None], N_ASKED)
-    found = transfer(lm, asked, edits, default_contexts(lm, 0), sites)
+    located = [edit for edit in edits if edit.subject is None or edit.subject_span is not None]
+    found = transfer(lm, every_kth(located, N_ASKED), located, default_contexts(lm, 0), sites)
     return None if found is None else FittedLayer(found.best(), found)
 
 
