@@ -76,7 +76,7 @@ def transfer(
             shares.append(torch.stack([given[:, 1 : len(own)].mean(1), given[:, len(own) :].mean(1)]))
     if not shares:
         return None
-    return Transfer(tuple(site.layer for site in sites), *torch.stack(shares).mean(0))
+    return Transfer(tuple(site.layer for site in sites), *torch.stack(shares).mean(0).cpu())
 
 
 def others_of(edit: Edit, among: Sequence[Edit]) -> list[Edit]:
@@ -98,5 +98,5 @@ def _given(lm: LM, rows: Sequence[Row], sites: Sequence[Site]) -> Float[Tensor, 
         for caught in catch(sites, lambda: answer_nll(lm, rows).sum()):
             x, g = (part.view(len(rows), -1, part.shape[-1]) for part in (caught.x, caught.g))
             inner = torch.einsum("ti,rsi,to,rso->r", x[0], x, g[0], g)
-            found.append((inner / inner[0].clamp_min(torch.finfo(inner.dtype).tiny)).cpu())
+            found.append((inner / inner[0].clamp_min(torch.finfo(inner.dtype).tiny)).to(lm.device))
     return torch.stack(found)
