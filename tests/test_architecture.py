@@ -35,6 +35,7 @@ LEVELS = [
         "boundary",
         "spelling",
         "edits",
+        "shared_cache",
         "checked",
         "attachment",
         "delta",
@@ -56,7 +57,7 @@ LEVELS = [
 ]
 BASE = [
     *("errors", "lazily", "extensions", "version", "work", "escaping", "seed", "atomic", "files", "drawing", "pages"),
-    *("plural", "chat", "arguments", "boundary", "spelling", "edits", "checked", "attachment", "delta"),
+    *("plural", "chat", "arguments", "boundary", "spelling", "edits", "shared_cache", "checked", "attachment", "delta"),
 ]
 """The order inside the first level; `world` may use the first three."""
 

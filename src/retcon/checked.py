@@ -12,8 +12,10 @@ import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retcon import shared_cache
 from retcon.atomic import replacing
 from retcon.errors import AnotherIdentity, MalformedFile, RetconWarning
 from retcon.files import cache_dir, tidy_cache
@@ -127,12 +129,15 @@ def read_intact(
 def cached(
     path: str | os.PathLike[str], kind: Kind, identity: Mapping[str, Any]
 ) -> tuple[dict[str, "Tensor"], dict[str, Any]] | None:
-    """Return what a cache holds, or None where it has to be made (again): with a warning that names the file and the
-    reason where there is one that cannot be used."""
+    """Return what a cache holds, this machine's or the shared one, or None where it has to be made (again): with a
+    warning that names the file and the reason where there is one that cannot be used."""
     tidy_cache()
     try:
-        return read_checked(path, kind, identity)
-    except FileNotFoundError:
+        try:
+            return read_checked(path, kind, identity)
+        except FileNotFoundError:
+            return read_checked(path, kind, identity) if shared_cache.fetch(Path(path)) else None
+    except FileNotFoundError:  # another process has removed it in between
         return None
     except MalformedFile as error:
         warnings.warn(f"{error}; it is not used and is made again", RetconWarning, stacklevel=3)
@@ -146,13 +151,15 @@ def keep(
     tensors: Mapping[str, "Tensor"] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Write a cache file; return whether that succeeded. A cache that cannot be written costs time, nothing else."""
+    """Write a cache file, to the shared cache too; return whether this machine's was written. A cache that cannot be
+    written costs time, nothing else."""
     tidy_cache()
     try:
         try:
             write_checked(path, kind, identity, tensors, about)
         except FileNotFoundError:  # another process has removed the folder in between
             write_checked(path, kind, identity, tensors, about)
+        shared_cache.put(Path(path))
         return True
     except OSError as error:
         warn_unwritable(error)

@@ -10,6 +10,7 @@ from retcon.cli.options import Json
 from retcon.cli.printing import console, emit, plain_table, plural, size
 from retcon.errors import InvalidSetting
 from retcon.files import cache_dir
+from retcon.shared_cache import shared_cache
 
 
 def cache(
@@ -33,7 +34,8 @@ def cache(
     Everything there is made again when it is needed: moments take a pass over text, values a search. Values are of
     runs that did not end; the same command goes on from them. Do not prune them while a run is at work.
 
-    The cache is in $RETCON_CACHE, else in $XDG_CACHE_HOME/retcon or ~/.cache/retcon.
+    The cache is in $RETCON_CACHE, else in $XDG_CACHE_HOME/retcon or ~/.cache/retcon. Where $RETCON_SHARED_CACHE names a
+    folder or a URL (s3://bucket/retcon), it is shared through that; what is there is neither listed nor removed.
     """
     from retcon.workflow.cache import KINDS, kept_files
     from retcon.workflow.cache import prune as remove
@@ -45,9 +47,12 @@ def cache(
     if as_json:
         rows = [asdict(each) | {"path": str(each.path)} for each in kept]
         gone = [asdict(each) | {"path": str(each.path)} for each in removed]
-        emit({"folder": str(cache_dir()), "bytes": sum(k.n_bytes for k in kept), "kept": rows, "removed": gone})
+        where = {"folder": str(cache_dir()), "shared": shared_cache()}
+        emit({**where, "bytes": sum(k.n_bytes for k in kept), "kept": rows, "removed": gone})
         return
     show = console()
+    if (shared := shared_cache()) is not None:
+        show.print(f"shared through {shared}", soft_wrap=True)
     if prune:
         n_bytes = sum(each.n_bytes for each in removed)
         show.print(f"removed {plural(len(removed), 'file')}, {size(n_bytes)}" if removed else "nothing to remove")

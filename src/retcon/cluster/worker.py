@@ -1,5 +1,6 @@
 """A worker: loads a model once, and works on pieces with the weights that the asking process has."""
 
+import os
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from retcon.lm.generate import save_model
 from retcon.lm.load import load, quietly
 from retcon.lm.model import LM
 from retcon.lm.tokenizer import chat_hash
+from retcon.shared_cache import VARIABLE, shared_cache
 from retcon.version import versions
 from retcon.work import silent
 
@@ -43,6 +45,7 @@ class Source:
     implementations: dict[str, str | None] = field(default_factory=dict)
     """transformers' name of how the model computes its attention and its experts, which no checkpoint has."""
     end_tokens: tuple[int, ...] = ()
+    shared_cache: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
     """Of the packages that decide a result, in the asking process."""
 
@@ -70,6 +73,7 @@ class Source:
             torch.get_num_threads(),
             _implementations(lm),
             tuple(sorted(lm.end_tokens)),
+            shared_cache(),
         )
 
 
@@ -93,6 +97,8 @@ class Worker:
         from transformers import GenerationConfig
 
         torch.set_num_threads(source.n_threads)
+        if source.shared_cache is not None:
+            os.environ[VARIABLE] = source.shared_cache
         self.lm = load(source.name, **source.options)
         if self.lm.fingerprint() != source.base:
             raise WrongBase(

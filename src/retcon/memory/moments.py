@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from retcon import shared_cache
 from retcon.atomic import write_atomically
 from retcon.checked import Kind, cached, checksum, keep, warn_unwritable
 from retcon.errors import InvalidSetting, MalformedFile, RetconWarning, TooFewTokens
@@ -248,6 +249,7 @@ class CorpusMoments:
             device = site.device
             try:
                 save_moments(keys[site].file, {keys[site]: found.moment}, {site.id: about}, device=device)
+                shared_cache.put(keys[site].file)
                 if len(sites) == 1:
                     moments[site] = load_moment(keys[site].file, keys[site])
             except OSError as error:
@@ -319,7 +321,7 @@ class CorpusMoments:
         key = self.key(lm, site)
         if key in self._shipped_keys:
             return self.shipped
-        if not key.file.is_file():
+        if not key.file.is_file() and not shared_cache.fetch(key.file):
             return None
         try:
             if key not in moment_keys(key.file):

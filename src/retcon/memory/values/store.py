@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retcon import shared_cache
 from retcon.checked import Kind, cached, keep, read_checked, under, write_checked
 from retcon.delta import EditReport
 from retcon.edits import Edit
@@ -60,6 +61,7 @@ class ValueCache:
         """Remove them: their result is safe elsewhere."""
         for path in self.used:
             shutil.rmtree(path, ignore_errors=True)
+            shared_cache.remove(path)
         self.used.clear()
 
 
@@ -211,8 +213,10 @@ class ValueStore:
         """Write down what was found for a chunk's edits."""
         tensors, about = _as_file([found[edit] for edit in chunk.edits])
         keep(self._file(chunk), VALUES, self._identity(chunk), tensors, about)
+        begun = Path(self.begun(chunk).path)
         with suppress(OSError):
-            Path(self.begun(chunk).path).unlink(missing_ok=True)
+            begun.unlink(missing_ok=True)
+        shared_cache.remove(begun)
 
     def begun(self, chunk: ChunkPlan) -> "BegunChunk":
         """Return where a chunk is kept that is being searched."""
