@@ -225,7 +225,7 @@ def test_an_estimate_leaves_out_what_a_run_leaves_out(spec: BenchSpec, tmp_path:
     (dataset,) = spec.datasets
     alone = (Protocol(kind="single"),)
     spec = dataclasses.replace(
-        spec, datasets=(dataclasses.replace(dataset, order="file", conflicts="keep"),), protocols=alone
+        spec, datasets=(dataclasses.replace(dataset, order="file", conflicts="keep"),), protocols=alone, text=None
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the warm-up edit is one that can be made
@@ -865,3 +865,12 @@ def test_a_model_that_breaks_is_recorded_and_the_benchmark_goes_on(spec: BenchSp
     told = {r.variant: (r.value, r.status) for r in bad.at("final") if r.metric in ("perplexity", "divergence")}
     assert told == dict.fromkeys(("ppl.value", "ppl.ratio", "ppl.nll_change", "loc.kl"), (None, "error"))
     assert next(r.detail for r in bad.at("final") if r.variant == "ppl.value") == "ppl.value is nan"
+
+
+def test_perplexity_of_single_edits_is_said_not_to_be_measured(spec: BenchSpec, tmp_path: Path) -> None:
+    single = dataclasses.replace(spec, protocols=(Protocol(kind="single", n=2), Protocol(n=2)), warm_up=False)
+    with pytest.warns(RetconWarning, match=r"^perplexity of single\(2\): measured of the unedited model only"):
+        run_bench(single, tmp_path / "single")
+    found = {run.context["protocol"]: run.at("final") for run in read_bench(tmp_path / "single").runs}
+    measured = {name: any(r.metric == "perplexity" for r in records) for name, records in found.items()}
+    assert measured == {"single": False, "batch": True}

@@ -121,6 +121,7 @@ def run_bench(
         return made
 
     first = runner(spec.models[0])  # bad settings end here, before any writing
+    _say_what_is_not_measured(spec, cells)
     to = Destination(root, environment(command or command_line()), force, watch)
     whole = through_json(
         {"spec": _portable(spec), "datasets": {k: dataset_hash(*read) for k, read in loaded.items()}} | bench_versions()
@@ -144,6 +145,19 @@ def run_bench(
         shutil.rmtree(root / VALUES, ignore_errors=True)
         for folder in unfinished_runs(root):  # of another specification, or of code that has changed since
             (folder / MANIFEST).replace(folder / REPLACED)
+
+
+def _say_what_is_not_measured(spec: BenchSpec, cells: Sequence[Cell]) -> None:
+    """Warn where what belongs to the whole model is asked of facts that are edited one by one."""
+    asked = [*(["perplexity"] if spec.text is not None else []), *(["tasks"] if spec.tasks else [])]
+    alone = dict.fromkeys(cell.protocol.describe() for cell in cells if cell.protocol.kind == "single")
+    if asked and alone:
+        warnings.warn(
+            f"{' and '.join(asked)} of {', '.join(alone)}: measured of the unedited model only, not after every single "
+            "edit; a batch or a sequence is measured where it ends",
+            RetconWarning,
+            stacklevel=3,
+        )
 
 
 def _finished_before(root: Path, whole: Mapping[str, Any]) -> list[dict[str, str]]:
