@@ -29,6 +29,15 @@ def test_lists_and_prunes_what_is_kept(cli: Callable[..., Any], delta: Path) -> 
     assert "holds no 'x'" in cli("cache", "x", code=2).stderr
 
 
+def test_a_shared_cache_that_cannot_be_one_is_refused_before_a_model_is_loaded(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RETCON_SHARED_CACHE", "sthree://bucket")
+    monkeypatch.setattr("retcon.load", lambda *args, **options: pytest.fail("loaded"))
+    said = cli("complete", "demo:gptj", "The capital of France is", code=2).stderr
+    assert "RETCON_SHARED_CACHE=sthree://bucket: Protocol not known" in said
+
+
 def test_a_fingerprint_that_is_kept_is_not_believed_where_that_is_asked(
     cli: Callable[..., Any], delta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

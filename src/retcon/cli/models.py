@@ -26,6 +26,7 @@ from retcon.cli.progress import spinner
 from retcon.errors import InvalidSetting, UnsupportedModel
 from retcon.files import looks_like_path
 from retcon.plural import plural
+from retcon.shared_cache import shared_cache
 
 if TYPE_CHECKING:
     from retcon.attachment import Attachment
@@ -110,6 +111,7 @@ def load_model(name: str) -> "LM":
         raise InvalidSetting("--device and --device-map both say where the model goes; give one of them")
     if asked.trust_remote_code:
         warn_of_remote_code("--trust-remote-code", name)
+    shared_cache()  # a name that cannot be one is refused before anything is loaded
     with spinner(f"loading {name}"):
         import retcon
 
