@@ -8,6 +8,7 @@ not answer costs time, nothing else: the process says so once and goes on withou
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,7 +106,8 @@ def put(path: Path) -> None:
         storage.files.put_file(str(path), temporary)
         storage.files.mv(temporary, place)
 
-    storage.ask(send)
+    with suppress(FileNotFoundError):  # another process has removed it in between
+        storage.ask(send)
 
 
 def remove(path: Path) -> None:
@@ -113,10 +115,8 @@ def remove(path: Path) -> None:
     if (found := _place(path)) is None:
         return
     storage, place = found
-    try:
+    with suppress(FileNotFoundError):
         storage.ask(lambda: storage.files.rm(place, recursive=True))
-    except FileNotFoundError:
-        return
 
 
 def _place(path: Path) -> tuple[_Storage, str] | None:
