@@ -46,6 +46,7 @@ class Source:
     """transformers' name of how the model computes its attention and its experts, which no checkpoint has."""
     end_tokens: tuple[int, ...] = ()
     shared_cache: str | None = None
+    """URL of the cache that the worker shares with the asking process (`retcon.shared_cache`)."""
     versions: dict[str, str] = field(default_factory=versions)
     """Of the packages that decide a result, in the asking process."""
 
