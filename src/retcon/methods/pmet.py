@@ -53,8 +53,9 @@ class Pmet(BatchSettings):
     @classmethod
     def fallback_settings(cls, shape: ModelShape) -> dict[str, Any]:
         """Layers by relative depth; fewer old keys than are published (0.36 m to 1.4 m), with which small models store
-        little; a search until the answer is likely, with LLaMA-2's weight of the divergence."""
-        search = {"kl_factor": 0.0625, "stop": "probability"}
+        little; a search until the answer is likely, with LLaMA-2's weight of the divergence, and an attention's value
+        held short, so that the MLP's, which alone is written, carries the fact."""
+        search = {"kl_factor": 0.0625, "stop": "probability", "settled_factor": None, "attn_weight_decay": 15.0}
         return super().fallback_settings(shape) | {"moment_weight": by_key_width(0.1, shape)} | search
 
     def searching_what_is_written(self) -> "Pmet":
